@@ -1,0 +1,37 @@
+# Every target makes its own virtual environment, .venv, on first use. Needs Python 3.11 to 3.13 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# A foreign JUPYTER_PATH would outrank the environment's own kernel; two threads a worker are slower than one.
+unexport JUPYTER_PATH
+export JUPYTER_DATA_DIR := $(CURDIR)/$(VENV)/share/jupyter
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help reproduce test lab smoke notebooks clean
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figures/
+	$(BIN)/gipip reproduce --profile cpu
+
+test: $(READY) ## unit and property tests, then every committed notebook through nbval
+	$(BIN)/ruff check gipip tests
+	$(BIN)/python -m pytest tests
+	GIPIP_HEADLESS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_quickstart.ipynb
+
+notebooks: $(READY) ## execute the committed notebooks in place (smoke profile), after editing them
+	$(BIN)/gipip reproduce --profile smoke --in-place
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] < (3, 14) else "gipip needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean: ## remove the environment and all results (figures stay)
+	rm -rf $(VENV) results figures/smoke

@@ -1,0 +1,259 @@
+"""The one optimisation loop of every attack.
+
+An attack sees the model, the shared update and its prior; nothing else. Subclasses say what is optimised (`variables`), with which
+optimiser, which `terms` make up the cost, and what holds after each step (`project`).
+"""
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor, nn
+from typing import Literal
+
+from gipip.attacks.labels import infer_labels
+from gipip.errors import BatchSizeError, LabelError
+from gipip.federation import SharedUpdate
+from gipip.models import ClientModel
+from gipip.progress import progress
+
+_CHECK_EVERY = 20  # iterations between looks at the cost: each look makes a GPU wait
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What an attack recovered, and how.
+
+    `images`: float32 in [0, 1], shape (batch, 3, height, width), on the CPU. `labels`: given, inferred or optimised ones, as
+    `assumptions` says. `history`: for each weighted term of the cost its value before every iteration and after the last, shape
+    (iterations + 1,); the cost is their sum. `restart_costs`: the attacker-visible cost of each restart's result; the lowest is returned.
+    `returned`: which iterate the images are. `notes`: what went wrong on the way (non-finite costs, interruption).
+    """
+
+    images: Float[Tensor, "batch 3 height width"]
+    labels: Int[Tensor, "batch"]
+    history: dict[str, Float[Tensor, "evaluations"]]
+    cost: float
+    restart_costs: tuple[float, ...]
+    returned: str
+    assumptions: dict[str, str]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class View:
+    """All that an attack works with: the network that takes normalised images, the update's gradients, and labels if known."""
+
+    network: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+    normalize: nn.Module
+    target: tuple[Tensor, ...]
+    shape: tuple[int, int, int, int]
+    classes: int
+    labels: Int[Tensor, "batch"] | None
+    generator: torch.Generator
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal numbers from the attack's own generator, the same on every device."""
+        like = self.parameters[0]
+        return torch.randn(*shape, generator=self.generator).to(like.device, like.dtype)
+
+    def images(self, normalized: Tensor) -> Float[Tensor, "batch 3 height width"]:
+        """The candidate in image space, clamped to [0, 1]."""
+        return self.normalize.inverse(normalized).clamp(0, 1)
+
+    def gradients(self, normalized: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """∂ loss(network(x)) / ∂θ, differentiable with respect to x."""
+        return torch.autograd.grad(loss(self.network(normalized)), self.parameters, create_graph=True)
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """One restart: its best iterate by attacker-visible cost, its last one, and the course of the cost."""
+
+    variables: dict[str, Tensor]
+    best: dict[str, Tensor]
+    best_cost: Tensor
+    history: list[dict[str, Tensor]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    interrupted: bool = False
+    stopped: bool = False
+
+    def record(self, terms: dict[str, Tensor]) -> None:
+        """Note the cost of the current iterate, and keep the iterate if it is the best so far (never if its cost is not finite)."""
+        self.history.append({name: term.detach() for name, term in terms.items()})
+        cost = sum(self.history[-1].values())
+        better = cost < self.best_cost
+        self.best_cost = torch.where(better, cost, self.best_cost)
+        self.best = {name: torch.where(better, variable.detach(), self.best[name]) for name, variable in self.variables.items()}
+
+    def costs(self) -> Tensor:
+        return torch.stack([sum(terms.values()) for terms in self.history])
+
+
+class Attack(BaseModel):
+    """A gradient inversion attack: `attack(model, update)` gives a Reconstruction.
+
+    `iterations`: steps of the optimiser. `restarts`: independent starts, of which the one with the lowest attacker-visible cost is
+    returned. `seed`: of the random starts. `returns`: the last iterate, or the one of lowest attacker-visible cost.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    iterations: PositiveInt = 300
+    restarts: PositiveInt = 1
+    seed: int = 0
+    returns: Literal["last", "lowest_cost"] = "last"
+
+    # The steps a subclass defines ------------------------------------------------------------------------------------------------
+
+    def variables(self, view: View) -> dict[str, Tensor]:
+        """What is optimised: "images", normalised candidates started from standard normal noise, and whatever a subclass adds."""
+        return {"images": view.randn(*view.shape)}
+
+    def optimizer(self, variables: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+        """The optimiser and its learning-rate schedule."""
+        raise TypeError(f"{type(self).__name__} does not define optimizer()")
+
+    def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
+        """The weighted terms of the cost, by name."""
+        raise TypeError(f"{type(self).__name__} does not define terms()")
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """What the optimiser receives in place of the cost's gradient."""
+        return gradient
+
+    def project(self, view: View, variables: dict[str, Tensor]) -> None:
+        """Restore constraints in place after a step; none by default."""
+
+    def labels(self, view: View, variables: dict[str, Tensor]) -> Int[Tensor, "batch"]:
+        """The labels that belong to a result."""
+        return view.labels
+
+    def assumptions(self, update: SharedUpdate) -> dict[str, str]:
+        """What this attack takes for granted, as data for the tables: labels, BatchNorm, auxiliary data."""
+        inferred = "inferred from the last layer (iDLG)" if update.batch_size == 1 else "counts inferred from the last layer's bias"
+        batch_norm = {"eval": "eval mode: running statistics, known with the model", "train": "train mode: statistics of the candidate batch"}
+        return {
+            "labels": inferred if update.labels is None else "given",
+            "BatchNorm": batch_norm[update.mode],
+            "auxiliary data": "none",
+        }
+
+    # The loop --------------------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        model: ClientModel,
+        update: SharedUpdate,
+        *,
+        watch: Callable[[int, Tensor, float], None] | None = None,
+        watch_every: int = 25,
+    ) -> Reconstruction:
+        """Reconstruct the images behind `update`, which a client with `model` shared.
+
+        `watch(iteration, images, cost)` is called every `watch_every` iterations with the candidate in [0, 1]; it may raise StopIteration
+        to end the attack there. Ctrl-C ends it too; either way what there is comes back. Raises ModelError, UpdateError, LabelError or
+        BatchSizeError before the first iteration.
+        """
+        started = time.perf_counter()
+        view = self._view(model, update)
+        attempts = []
+        for restart in range(self.restarts):
+            view.generator.manual_seed(self.seed + restart)
+            attempts.append(self._attempt(view, watch, watch_every, f"{type(self).__name__} {restart + 1}/{self.restarts}"))
+            if attempts[-1].stopped:
+                break
+        results = [self._choose(attempt) for attempt in attempts]
+        attempt, (variables, cost, returned) = min(zip(attempts, results), key=lambda pair: pair[1][1])
+        return Reconstruction(
+            images=view.images(variables["images"]).float().cpu(),
+            labels=self.labels(view, variables).cpu(),
+            history={name: torch.stack([terms[name] for terms in attempt.history]).cpu() for name in attempt.history[0]},
+            cost=cost,
+            restart_costs=tuple(result[1] for result in results),
+            returned=returned,
+            assumptions=self.assumptions(update),
+            seconds=time.perf_counter() - started,
+            notes=tuple(note for attempt in attempts for note in attempt.notes),
+        )
+
+    def _view(self, model: ClientModel, update: SharedUpdate) -> View:
+        update.check(model)
+        network = copy.deepcopy(model.network).train(update.mode == "train")
+        labels = infer_labels(model, update) if update.labels is None else update.labels
+        with torch.no_grad():
+            classes = model(torch.zeros(1, *update.image_shape).to(update.gradients[0])).shape[1]
+        _check_labels(labels, update.batch_size, classes)
+        shape = (update.batch_size, *update.image_shape)
+        return View(network, tuple(network.parameters()), model.normalize, update.gradients, shape, classes, labels, torch.Generator())
+
+    def _attempt(self, view: View, watch, watch_every: int, description: str) -> _Attempt:
+        variables = {name: variable.requires_grad_() for name, variable in self.variables(view).items()}
+        optimizer, schedule = self.optimizer(list(variables.values()))
+        infinite = torch.full((), float("inf")).to(view.parameters[0])
+        attempt = _Attempt(variables, {name: variable.detach().clone() for name, variable in variables.items()}, infinite)
+        try:
+            for iteration in progress(range(self.iterations), description=description):
+                self._step(view, attempt, optimizer)
+                if schedule:
+                    schedule.step()
+                with torch.no_grad():
+                    self.project(view, variables)
+                if iteration % _CHECK_EVERY == 0 and not _finite(attempt):
+                    break
+                if watch and (iteration + 1) % watch_every == 0:
+                    watch(iteration + 1, view.images(variables["images"].detach()).float().cpu(), float(attempt.costs()[-1]))
+        except (KeyboardInterrupt, StopIteration):
+            attempt.stopped = True
+            attempt.notes.append(f"stopped by the user after {len(attempt.history)} of {self.iterations} iterations")
+        attempt.record(self.terms(view, variables))
+        return attempt
+
+    def _step(self, view: View, attempt: _Attempt, optimizer: torch.optim.Optimizer) -> None:
+        """One step of the optimiser; one that evaluates the cost several times (L-BFGS) has its first evaluation recorded."""
+        evaluated = False
+
+        def closure() -> Tensor:
+            nonlocal evaluated
+            terms = self.terms(view, attempt.variables)
+            cost = sum(terms.values())
+            for variable, gradient in zip(attempt.variables.values(), torch.autograd.grad(cost, list(attempt.variables.values()))):
+                variable.grad = self.direction(gradient)
+            if not evaluated:
+                attempt.record(terms)
+                evaluated = True
+            return cost
+
+        optimizer.step(closure)
+
+    def _choose(self, attempt: _Attempt) -> tuple[dict[str, Tensor], float, str]:
+        """The iterate to return, its attacker-visible cost, and which one it is."""
+        costs = attempt.costs()
+        last, best = costs[-1].item(), attempt.best_cost.item()
+        if not torch.isfinite(costs).all():
+            first = int((~torch.isfinite(costs)).nonzero()[0])
+            note = f"the cost was not finite at iteration {first} of {self.iterations}; the iterate of lowest cost before is returned"
+            attempt.notes.append(note)
+            warnings.warn(f"{type(self).__name__}: {note}. A smaller learning rate or another seed may help.", stacklevel=3)
+            return attempt.best, best, "lowest attacker-visible cost"
+        if self.returns == "lowest_cost":
+            return attempt.best, best, "lowest attacker-visible cost"
+        return {name: variable.detach() for name, variable in attempt.variables.items()}, last, "last iterate"
+
+
+def _finite(attempt: _Attempt) -> bool:
+    return bool(torch.isfinite(sum(attempt.history[-1].values())))
+
+
+def _check_labels(labels: Int[Tensor, "batch"], batch_size: int, classes: int) -> None:
+    if len(labels) != batch_size:
+        raise BatchSizeError(f"The update says it holds {batch_size} images but {len(labels)} labels came with it. Expected one label an image.")
+    if ((labels < 0) | (labels >= classes)).any():
+        raise LabelError(f"The update's labels {labels.tolist()} are out of range: the model has {classes} classes, 0 to {classes - 1}.")

@@ -1,0 +1,45 @@
+"""GI-PIP (Fang et al., ICASSP 2024): Inverting Gradients with the anomaly score of an autoencoder as a further term."""
+
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, field_serializer
+from torch import Tensor
+
+from gipip.attacks.base import View
+from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.attacks.presets import RELEASED_OFFSETS, released, tuned
+from gipip.federation import SharedUpdate
+from gipip.priors import AnomalyScore
+
+
+class GIPIP(InvertingGradients):
+    """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x) + λ_AS·AS(x) (GI-PIP, eq. 4).
+
+    `prior`: the attacker's anomaly score. `as_weight`: λ_AS. `score_per`: "image" scores each image and takes the mean; "batch" scores
+    the mean error of the whole batch, as the reference does.
+    """
+
+    prior: AnomalyScore
+    as_weight: NonNegativeFloat = 0.2
+    score_per: Literal["image", "batch"] = "image"
+
+    @field_serializer("prior")
+    def _prior_by_fingerprint(self, prior: AnomalyScore) -> str:
+        return prior.fingerprint
+
+    def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
+        score = self.prior(view.images(variables["images"]), per=self.score_per).mean()
+        return super().terms(view, variables) | {"anomaly score": self.as_weight * score}
+
+    def assumptions(self, update: SharedUpdate) -> dict[str, str]:
+        return super().assumptions(update) | {"auxiliary data": f"{self.prior.provenance.get('images', 'an unknown number of')} images"}
+
+    @classmethod
+    def as_released(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, **changes) -> Self:
+        """Weights, offset c, optimiser and iterations of the public code; `changes` override single settings."""
+        return cls(prior=prior.with_offset(RELEASED_OFFSETS[dataset]), **released("GIPIP", dataset, batch_size) | changes)
+
+    @classmethod
+    def tuned(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, **changes) -> Self:
+        """λ_TV and λ_AS tuned on tuning images (`gipip tune`), c = 0, with this library's schedule; `changes` override single settings."""
+        return cls(prior=prior.with_offset(0), **tuned("GIPIP", dataset, batch_size) | changes)

@@ -1,0 +1,54 @@
+"""Inverting Gradients (Geiping et al., NeurIPS 2020): match the gradient's direction, with total variation."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+from gipip.attacks.base import Attack, View
+from gipip.attacks.objectives import cosine_distance, total_variation
+from gipip.attacks.presets import released, tuned
+
+
+class InvertingGradients(Attack):
+    """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x), minimised with Adam inside the box that [0, 1] becomes.
+
+    `tv_weight`: λ_TV. `signed`: Adam receives the sign of the gradient. `schedule`: "cosine" falls to zero, "steps" multiplies the
+    learning rate by 0.1 at 3/8, 5/8 and 7/8 of the iterations, as the reference implementations do.
+    """
+
+    tv_weight: NonNegativeFloat = 3e-3
+    learning_rate: PositiveFloat = 0.3
+    schedule: Literal["cosine", "steps"] = "cosine"
+    signed: bool = True
+
+    def optimizer(self, variables):
+        adam = torch.optim.Adam(variables, lr=self.learning_rate)
+        if self.schedule == "cosine":
+            return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.iterations)
+        milestones = [self.iterations * eighths // 8 for eighths in (3, 5, 7)]
+        return adam, torch.optim.lr_scheduler.MultiStepLR(adam, milestones, gamma=0.1)
+
+    def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = variables["images"]
+        gradients = view.gradients(x, lambda logits: nn.functional.cross_entropy(logits, view.labels))
+        return {"gradient matching": cosine_distance(gradients, view.target), "total variation": self.tv_weight * total_variation(x)}
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        return gradient.sign() if self.signed else gradient
+
+    def project(self, view: View, variables: dict[str, Tensor]) -> None:
+        lower, upper = view.normalize.box
+        x = variables["images"]
+        x.copy_(x.clamp(lower, upper))
+
+    @classmethod
+    def as_released(cls, dataset: str, batch_size: int, **changes) -> Self:
+        """The baseline as GI-PIP's release runs it (signed Adam, lr 0.1 in steps); `changes` override single settings."""
+        return cls(**released("InvertingGradients", dataset, batch_size) | changes)
+
+    @classmethod
+    def tuned(cls, dataset: str, batch_size: int, **changes) -> Self:
+        """λ_TV tuned on tuning images (`gipip tune`), with this library's schedule; `changes` override single settings."""
+        return cls(**tuned("InvertingGradients", dataset, batch_size) | changes)

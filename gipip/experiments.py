@@ -1,0 +1,290 @@
+"""Scenario × attack → Result, kept in a store, so that nothing is computed twice and an interrupted sweep goes on where it was."""
+
+import contextlib
+import functools
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import distributed
+import pandas
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor
+
+from gipip.attacks import Attack
+from gipip.data import Dataset, LabeledImages, load_dataset
+from gipip.errors import DamagedFileError, StoreError, SweepError
+from gipip.federation import Client, SharedUpdate
+from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
+from gipip.metrics import evaluate
+from gipip.models import ClientModel, build_model, model_fingerprint
+from gipip.progress import progress
+
+
+class Scenario(BaseModel):
+    """One private batch of one client: what is attacked.
+
+    `pool`: "private" for what is reported, "tuning" for choosing weights. `seed`: which batch of the pool. `model_seed`: the client's
+    weights. `mode`: BatchNorm in eval or train mode. `labels`: shared with the update, or withheld.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = "cifar10"
+    pool: Literal["private", "tuning"] = "private"
+    model: str = "convnet"
+    model_seed: int = 0
+    batch_size: PositiveInt = 1
+    seed: int = 0
+    distinct_labels: bool = True
+    mode: Literal["eval", "train"] = "eval"
+    labels: Literal["given", "withheld"] = "given"
+
+    def batch(self) -> LabeledImages:
+        """The private (or tuning) images."""
+        draw = getattr(_dataset(self.dataset), self.pool)
+        return draw(batch_size=self.batch_size, seed=self.seed, distinct_labels=self.distinct_labels)
+
+    def client_model(self) -> ClientModel:
+        """The client's model, the same for the same seed."""
+        data = _dataset(self.dataset)
+        return build_model(
+            self.model, data.num_classes, image_size=data.image_size, mean=data.mean, std=data.std, seed=self.model_seed
+        )
+
+    def update(self, model: ClientModel) -> SharedUpdate:
+        """What the client shares."""
+        return Client(model).share(self.batch(), mode=self.mode, labels=self.labels)
+
+
+@functools.cache
+def _dataset(name: str) -> Dataset:
+    return load_dataset(name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attack on one scenario. `arm` names the attack in tables and figures; it is no part of the result's key."""
+
+    arm: str
+    scenario: Scenario
+    attack: Attack
+
+    def config(self) -> dict:
+        """Everything the result depends on, as JSON."""
+        attack = {"name": type(self.attack).__name__, **self.attack.model_dump(mode="json")}
+        return {"scenario": self.scenario.model_dump(mode="json"), "attack": attack}
+
+    def key(self) -> str:
+        """Hash of the configuration and of the fingerprints of private images, client weights and prior (which the attack names)."""
+        model, batch = _fingerprints(self.scenario)
+        return fingerprint({}, canonical_json(self.config() | {"model": model, "batch": batch}))[:32]
+
+
+@functools.cache
+def _fingerprints(scenario: Scenario) -> tuple[str, str]:
+    return _weights_fingerprint(scenario.dataset, scenario.model, scenario.model_seed), scenario.batch().fingerprint
+
+
+@functools.cache
+def _weights_fingerprint(dataset: str, model: str, seed: int) -> str:
+    return model_fingerprint(Scenario(dataset=dataset, model=model, model_seed=seed).client_model())
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run. `images` are matched one to one to `truth`; `metrics` has a row an image; `history` the terms of the cost."""
+
+    run: Run
+    images: Float[Tensor, "batch 3 height width"]
+    truth: Float[Tensor, "batch 3 height width"]
+    labels: Int[Tensor, "batch"]
+    history: dict[str, Float[Tensor, "evaluations"]]
+    metrics: pandas.DataFrame
+    details: dict
+
+    def frame(self) -> pandas.DataFrame:
+        """The metrics with arm, scenario, batch and the attack's assumptions in further columns."""
+        scenario = self.run.scenario
+        columns = {"arm": self.run.arm, "model": scenario.model, "batch_size": scenario.batch_size, "seed": scenario.seed}
+        group = f"{scenario.pool}-{scenario.batch_size}-{scenario.seed}"
+        details = {"iterations": self.run.attack.iterations, "seconds": self.details["seconds"], "returned": self.details["returned"]}
+        return self.metrics.assign(**columns, batch=group, **details, **self.details["assumptions"])
+
+
+class ResultStore:
+    """A folder of results, one safetensors file each, written whole or not at all.
+
+    A damaged file is reported, set aside as `NAME.damaged` and computed again. Raises StoreError when the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".probe-{os.getpid()}.tmp"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(f"The result store {self.folder} cannot be written ({error}). Give a folder you may write to.") from error
+
+    def path(self, run: Run) -> Path:
+        return self.folder / f"{run.key()}.safetensors"
+
+    def load(self, run: Run) -> Result | None:
+        """The stored result of a run, or None if there is none that can be trusted."""
+        path = self.path(run)
+        try:
+            tensors, details = read_tensors(path)
+            if details["config"] != run.config():
+                raise DamagedFileError(f"{path} holds the result of another run.")
+        except FileNotFoundError:
+            return None
+        except DamagedFileError as error:
+            aside = path.with_suffix(f".damaged-{time.time_ns()}")
+            path.rename(aside)
+            warnings.warn(f"{error} It is set aside as {aside.name} and the run is computed again.", stacklevel=2)
+            return None
+        history = {name.removeprefix("history/"): value for name, value in tensors.items() if name.startswith("history/")}
+        metrics = pandas.DataFrame(details["metrics"])
+        return Result(run, tensors["images"], tensors["truth"], tensors["labels"], history, metrics, details)
+
+    def save(self, result: Result) -> None:
+        tensors = {"images": result.images, "truth": result.truth, "labels": result.labels}
+        tensors |= {f"history/{name}": value for name, value in result.history.items()}
+        metrics = result.metrics.to_dict(orient="list")
+        write_tensors(self.path(result.run), tensors, result.details | {"metrics": metrics, "config": result.run.config()})
+
+
+def execute(run: Run, store: ResultStore | None = None) -> Result:
+    """The result of a run: loaded if the store has it, else computed and stored.
+
+    On the GPU if there is one; on a CPU with one thread, so that a run gives the same images alone and in a sweep.
+    """
+    if store and (result := store.load(run)):
+        return result
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _one_thread():
+        model = run.scenario.client_model().to(device)
+        truth = run.scenario.batch()
+        reconstruction = run.attack(model, run.scenario.update(model))
+        metrics = evaluate(reconstruction, truth, model=model)
+    details = {
+        "assumptions": reconstruction.assumptions,
+        "returned": reconstruction.returned,
+        "restart_costs": [cost if cost < float("inf") else None for cost in reconstruction.restart_costs],
+        "notes": list(reconstruction.notes),
+        "seconds": reconstruction.seconds,
+        "made": _provenance(device),
+    }
+    matched = torch.as_tensor(metrics["matched"].to_numpy())
+    result = Result(
+        run, reconstruction.images[matched], truth.images, reconstruction.labels[matched], reconstruction.history, metrics, details
+    )
+    if store:
+        store.save(result)
+    return result
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _provenance(device: str) -> dict:
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"machine": machine, "versions": versions, "date": datetime.now(UTC).date().isoformat()}
+
+
+class Results(Sequence):
+    """The results of a sweep, in the order of its runs."""
+
+    def __init__(self, results: Iterable[Result]):
+        self._results = list(results)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __getitem__(self, index):
+        return Results(self._results[index]) if isinstance(index, slice) else self._results[index]
+
+    def select(self, **wanted) -> "Results":
+        """The results whose arm or scenario fields have the given values, e.g. `select(arm="GIPIP", batch_size=4)`."""
+        return Results(
+            result
+            for result in self
+            if all((result.run.arm if name == "arm" else getattr(result.run.scenario, name)) == value for name, value in wanted.items())
+        )
+
+    def frame(self) -> pandas.DataFrame:
+        """One row an image: arm, scenario, metrics and assumptions."""
+        return pandas.concat([result.frame() for result in self], ignore_index=True)
+
+
+def sweep(
+    runs: Iterable[Run],
+    *,
+    store: Path | str | ResultStore,
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> Results:
+    """Execute runs side by side; those whose results are in the store are only loaded.
+
+    `workers`: processes on this machine, each with one thread (default: two, or the number of cores if that is less). `scheduler`: the
+    address of a running dask.distributed scheduler to use instead; its workers must see the same store folder. Each result is stored as soon as it is there. A failed run does not stop the others; at the end SweepError lists the failures.
+    """
+    runs = list(runs)
+    store = store if isinstance(store, ResultStore) else ResultStore(store)
+    results = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
+    missing = list({run.key(): run for run in runs if results[run.key()] is None}.values())
+    failures = {}
+    if missing:
+        with _dask_client(workers, scheduler, len(missing)) as client:
+            failures = _execute_all(client, missing, store)
+    if failures:
+        listing = "\n".join(f"- {run.arm} on {run.scenario}: {error!r}" for run, error in failures.items())
+        raise SweepError(f"{len(failures)} of {len(runs)} runs failed; the other results are stored in {store.folder}:\n{listing}")
+    return Results(store.load(run) for run in runs)
+
+
+def _execute_all(client: distributed.Client, runs: list[Run], store: ResultStore) -> dict[Run, BaseException]:
+    """Run everything on the cluster; gives the runs that failed and their errors."""
+    futures = {client.submit(_work, run, store, key=f"{run.arm}-{run.key()}", pure=False): run for run in runs}
+    failures = {}
+    for future in progress(distributed.as_completed(futures), total=len(futures), description="attacks", unit="run"):
+        if future.status != "finished":
+            failures[futures[future]] = future.exception()
+        future.release()
+    return failures
+
+
+def _work(run: Run, store: ResultStore) -> None:
+    execute(run, store)
+
+
+@contextlib.contextmanager
+def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Iterator[distributed.Client]:
+    if scheduler:
+        with distributed.Client(scheduler) as client:
+            yield client
+        return
+    workers = min(workers or min(2, os.cpu_count() or 1), runs)
+    with (
+        distributed.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client

@@ -1,0 +1,77 @@
+"""Tensors on disk: written whole or not at all, verified when read, never pickled.
+
+The embedded images, trained weights and results are all `safetensors` files written by `write_tensors`.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from gipip.errors import DamagedFileError
+
+_PACKAGE = Path(__file__).parent
+DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent / "data"
+"""Folder of the files that ship with gipip: `data/` of a checkout, `gipip/_data/` of an installed wheel."""
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """SHA-256 (64 hex digits) of named tensors (names, types, shapes, bytes) and an optional text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array)
+    return digest.hexdigest()
+
+
+def canonical_json(value) -> str:
+    """One text for equal values: sorted keys, no white space, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> Path:
+    """Write tensors and JSON metadata under a temporary name, then rename: readers see all of it or nothing.
+
+    Equal input gives equal bytes. Raises OSError when the folder cannot be written.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = canonical_json(metadata)
+    content = safetensors.torch.save(tensors, {"metadata": text, "sha256": fingerprint(tensors, text)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    return path
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and metadata of a file by `write_tensors`; `DamagedFileError` if a single bit differs from what was written."""
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise DamagedFileError(f"{path} cannot be read as a safetensors file ({error}). Delete it and make or download it again.") from error
+    if "sha256" not in header or "metadata" not in header:
+        raise DamagedFileError(f"{path} was not written by gipip: it has no checksum. Expected a file from gipip's write_tensors.")
+    if fingerprint(tensors, header["metadata"]) != header["sha256"]:
+        raise DamagedFileError(f"{path} does not match its checksum: it was altered or cut short. Delete it and make or download it again.")
+    return tensors, json.loads(header["metadata"])
