@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable
 
 import tqdm.auto
-import tqdm.std
 
 
 def headless() -> bool:
-    """Whether nobody watches live: GIPIP_HEADLESS decides if set ("0" no, else yes), then whether there is a notebook kernel or a terminal.
+    """Whether nobody watches live: as GIPIP_HEADLESS in the environment says ("0": no), else if there is no live notebook and no terminal.
+
     Set it for papermill, which runs a real kernel in which a live bar would freeze.
     """
     setting = os.environ.get("GIPIP_HEADLESS", "")
@@ -18,22 +18,16 @@ def headless() -> bool:
 
 
 def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return shell is not None and "IPKernelApp" in shell.config
 
 
 def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str = "", unit: str = "it") -> tqdm.std.tqdm:
-    """A tqdm bar around `iterable`, or one to `update()` (a context manager), on stderr.
-    When headless a plain line every ten seconds and one at the end, however often `update` or `set_postfix` is called.
-    """
+    """A tqdm bar around `iterable`, or one to `update()` (a context manager), on stderr; headless: lines, ten seconds apart."""
     if headless():  # the delay suppresses tqdm's line at the start
         label = description and f"{description}: "
         return _Lines(iterable, desc=label, total=total, unit=unit, mininterval=10, miniters=1, delay=1e-9, leave=False)
     return tqdm.auto.tqdm(iterable, desc=description, total=total, unit=unit)
-
-
-_LINE = "{desc}{n_fmt}/{total_fmt} {unit}, {elapsed} passed, {remaining} left{postfix}"
 
 
 class _Lines(tqdm.std.tqdm):
@@ -46,7 +40,8 @@ class _Lines(tqdm.std.tqdm):
 
     def display(self, msg=None, pos=None):
         if msg is None:
-            print(self.format_meter(**self.format_dict | {"bar_format": _LINE}), file=self.fp, flush=True)
+            line = "{desc}{n_fmt}/{total_fmt} {unit}, {elapsed} passed, {remaining} left{postfix}"
+            print(self.format_meter(**self.format_dict | {"bar_format": line}), file=self.fp, flush=True)
 
     def close(self):
         if not self.disable:
