@@ -1,6 +1,6 @@
 """How close reconstructions come to the private images, and how sure a comparison of attacks is.
 
-Only this module sees the ground truth. Everything is computed on the CPU in float32, image by image, on images clamped to [0, 1].
+Only this module sees the ground truth. Everything is computed on the CPU, image by image, on images clamped to [0, 1].
 """
 
 import copy
@@ -38,13 +38,12 @@ def evaluate(reconstruction, batch, model: nn.Module | None = None) -> pd.DataFr
     if len(images) != len(truth):
         raise BatchSizeError(f"{len(images)} reconstructed images cannot be matched one to one with {len(truth)} private ones.")
     if images.shape != truth.shape:
-        raise ValueError(f"The reconstruction's images are {tuple(images.shape[1:])}, the batch's {tuple(truth.shape[1:])}: expected the same.")
+        raise ValueError(f"Reconstructed images of shape {tuple(images.shape[1:])} for private ones of shape {tuple(truth.shape[1:])}.")
     matched = match(images, truth)
     images = images[matched]
-    metrics = {"psnr": psnr(images, truth), "ssim": ssim(images, truth), "lpips": lpips(images, truth)}
+    columns = {"matched": matched, "psnr": psnr(images, truth), "ssim": ssim(images, truth), "lpips": lpips(images, truth)}
     if model is not None:
-        metrics["feature_mse"] = feature_mse(model, images, truth)
-    columns = {"matched": matched} | metrics
+        columns["feature_mse"] = feature_mse(model, images, truth)
     return pd.DataFrame({"image": range(len(truth))} | {name: column.numpy() for name, column in columns.items()})
 
 
@@ -70,8 +69,7 @@ def match(images: Images, truth: Images) -> Int[Tensor, "batch"]:
 
     A gradient does not tell the order of a batch. Taking the best reconstruction for every image with replacement would flatter an attack.
     """
-    flat_images, flat_truth = (_prepared(batch).flatten(1).double() for batch in (images, truth))
-    cost = torch.cdist(flat_truth, flat_images).square()
+    cost = torch.cdist(_prepared(truth).flatten(1).double(), _prepared(images).flatten(1).double()).square()
     return torch.from_numpy(scipy.optimize.linear_sum_assignment(cost)[1])
 
 
@@ -83,8 +81,8 @@ def psnr(images: Images, truth: Images) -> PerImage:
 
 def ssim(images: Images, truth: Images) -> PerImage:
     """Structural similarity per image (Wang et al. 2004: 11×11 Gaussian window, σ 1.5), data range 1; 1 for identical images."""
-    values = structural_similarity_index_measure(_prepared(images), _prepared(truth), data_range=1.0, reduction="none")
-    return values.reshape(-1)
+    images, truth = _prepared(images).double(), _prepared(truth).double()  # in float32 flat areas lose three digits
+    return structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none").reshape(-1).float()
 
 
 @torch.no_grad()
@@ -93,7 +91,7 @@ def lpips(images: Images, truth: Images) -> PerImage:
 
     Images of at least 32×32 pixels in [0, 1]; they are mapped to the [−1, 1] that the network expects.
     """
-    pairs = zip(_prepared(images).split(64), _prepared(truth).split(64))  # 64 at a time bounds the memory
+    pairs = zip(_prepared(images).split(64), _prepared(truth).split(64), strict=True)  # 64 at a time bounds the memory
     return torch.cat([_lpips_network()(first, second, normalize=True).reshape(-1) for first, second in pairs])
 
 
@@ -120,14 +118,14 @@ def feature_mse(model: nn.Module, images: Images, truth: Images) -> PerImage:
     Raises ModelError for a model without a linear layer.
     """
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    return (_features(model, _prepared(images)) - _features(model, _prepared(truth))).square().mean(1)
+    reconstructed, private = _features(model, _prepared(torch.cat([images, truth]))).chunk(2)
+    return (reconstructed - private).square().mean(1)
 
 
 def _features(model: nn.Module, images: Images) -> Float[Tensor, "batch features"]:
     captured = []
-    hook = last_linear(model)[1].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    last_linear(model)[1].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     model(images)
-    hook.remove()
     return captured[0].flatten(1)
 
 

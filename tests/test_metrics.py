@@ -1,0 +1,334 @@
+"""Metrics against closed forms, published numbers and independent formulas."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import to_tensor
+
+from gipip import metrics
+from gipip.errors import BatchSizeError, ModelError
+from gipip.files import DATA, read_tensors
+from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
+
+
+def random_images(count=3, size=32, seed=0):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# PSNR and SSIM
+
+
+def test_psnr_of_a_constant_offset_of_a_tenth_is_20_db():
+    truth = 0.8 * random_images()
+    torch.testing.assert_close(metrics.psnr(truth + 0.1, truth), torch.full((3,), 20.0), atol=1e-3, rtol=0)
+
+
+def test_psnr_is_per_image():
+    truth = torch.full((2, 3, 8, 8), 0.5)
+    offsets = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
+    torch.testing.assert_close(metrics.psnr(truth + offsets, truth), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
+
+
+def test_psnr_of_identical_images_is_100_db_so_that_means_stay_finite():
+    assert metrics.psnr(random_images(), random_images()).tolist() == [100, 100, 100]
+
+
+def test_psnr_clamps_to_the_range_of_images():
+    white = torch.ones(1, 3, 8, 8)
+    assert metrics.psnr(white + 1e-5, white).item() == 100
+
+
+def test_ssim_of_identical_images_is_1():
+    torch.testing.assert_close(metrics.ssim(random_images(), random_images()), torch.ones(3))
+
+
+def test_ssim_of_constant_images_is_its_luminance_term():
+    first, second = torch.full((1, 3, 16, 16), 0.4), torch.full((1, 3, 16, 16), 0.6)
+    expected = (2 * 0.4 * 0.6 + 0.01**2) / (0.4**2 + 0.6**2 + 0.01**2)
+    assert metrics.ssim(first, second).item() == pytest.approx(expected, abs=1e-6)
+
+
+# LPIPS
+
+
+def authors_images():
+    folder = Path(os.environ.get("GIPIP_LPIPS_CHECK", Path(__file__).parents[1] / "../shared/data/lpips-check"))
+    if not (folder / "ex_ref.png").exists():
+        pytest.skip("the example images of the LPIPS authors are not here; set GIPIP_LPIPS_CHECK to their folder")
+    names = ("ex_ref", "ex_p0", "ex_p1")
+    return [to_tensor(Image.open(folder / f"{name}.png"))[None] for name in names]
+
+
+def test_lpips_gives_the_numbers_that_its_authors_published():
+    reference, first, second = authors_images()
+    assert metrics.lpips(first, reference).item() == pytest.approx(0.722, abs=5e-4)
+    assert metrics.lpips(second, reference).item() == pytest.approx(0.138, abs=5e-4)
+
+
+def lpips_by_its_formula(first, second):
+    """Equation 1 of Zhang et al. 2018 in float64, written with convolutions only."""
+    import lpips
+
+    trunk = {name: tensor.double() for name, tensor in read_tensors(DATA / "lpips-alexnet-trunk.safetensors")[0].items()}
+    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64).view(2, 1, 3, 1, 1)
+    values = [(images.double() - mean) / std for images in (first, second)]
+    distance = 0
+    layers = [("0", 4, 2, False), ("3", 1, 2, True), ("6", 1, 1, True), ("8", 1, 1, False), ("10", 1, 1, False)]
+    for index, (layer, stride, padding, pooled) in enumerate(layers):
+        weight, bias = trunk[f"features.{layer}.weight"], trunk[f"features.{layer}.bias"]
+        values = [nn.functional.max_pool2d(value, 3, 2) if pooled else value for value in values]
+        values = [nn.functional.conv2d(value, weight, bias, stride, padding).relu() for value in values]
+        unit = [value / (value.norm(dim=1, keepdim=True) + 1e-10) for value in values]
+        head = heads[f"lin{index}.model.1.weight"].double().view(1, -1, 1, 1)
+        distance = distance + (head * (unit[0] - unit[1]).square()).sum(1).mean((1, 2))
+    return distance
+
+
+def embedded_images(count):
+    return read_tensors(DATA / "cifar10-sample.safetensors")[0]["private_images"][:count] / 255
+
+
+@pytest.mark.parametrize("truth", [embedded_images(4), random_images(size=64)])
+def test_lpips_agrees_with_its_formula(truth):
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    images = (truth + 0.1 * noise).clamp(0, 1)
+    torch.testing.assert_close(metrics.lpips(images, truth).double(), lpips_by_its_formula(images, truth), rtol=1e-4, atol=1e-6)
+
+
+def test_lpips_of_embedded_images_and_their_mirror_images_stays_what_it_was():
+    truth = embedded_images(4)
+    assert metrics.lpips(truth.flip(3), truth).tolist() == pytest.approx([0.0365, 0.0396, 0.0426, 0.056], abs=1e-4)
+
+
+def test_lpips_of_identical_images_is_0():
+    assert metrics.lpips(random_images(), random_images()).tolist() == [0, 0, 0]
+
+
+def test_lpips_of_many_images_equals_lpips_one_by_one():
+    truth, images = random_images(70), random_images(70, seed=1)
+    together = metrics.lpips(images, truth)
+    torch.testing.assert_close(together[[0, 63, 64, 69]], torch.cat([metrics.lpips(images[[i]], truth[[i]]) for i in (0, 63, 64, 69)]))
+
+
+def test_building_the_lpips_network_leaves_the_global_generator_alone():
+    metrics._lpips_network.cache_clear()
+    before = torch.get_rng_state()
+    metrics.lpips(random_images(1), random_images(1, seed=1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# Matching
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 8).flatmap(lambda count: st.permutations(range(count))), st.integers(0, 100))
+def test_match_undoes_a_known_permutation(order, seed):
+    truth = random_images(len(order), size=8, seed=seed)
+    noisy = (truth + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+    matched = metrics.match(noisy[list(order)], truth)
+    assert torch.equal(noisy[list(order)][matched], noisy)
+
+
+def test_match_uses_every_reconstruction_once_even_if_one_is_nearest_to_all():
+    truth = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    images = torch.tensor([0.5, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    assert metrics.match(images, truth).tolist() == [1, 0, 2]
+
+
+# Features
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 5), nn.ReLU())
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, images):
+        return self.last(self.hidden(images))
+
+
+def test_feature_mse_is_of_what_enters_the_last_linear_layer():
+    model = Tiny().eval()
+    images, truth = random_images(size=8), random_images(size=8, seed=1)
+    expected = (model.hidden(images) - model.hidden(truth)).square().mean(1).detach()
+    torch.testing.assert_close(metrics.feature_mse(model, images, truth), expected)
+
+
+def test_feature_mse_leaves_a_model_in_train_mode_as_it_was():
+    model = Tiny().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    metrics.feature_mse(model, random_images(size=8), random_images(size=8, seed=1))
+    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not model.last._forward_pre_hooks
+
+
+def test_feature_mse_without_a_linear_layer_is_refused():
+    with pytest.raises(ModelError):
+        metrics.feature_mse(nn.Conv2d(3, 2, 3), random_images(), random_images())
+
+
+# evaluate
+
+
+class Holder:
+    def __init__(self, images):
+        self.images = images
+
+
+def test_evaluate_gives_a_row_per_private_image_under_one_assignment():
+    truth = random_images(4)
+    order = torch.tensor([2, 0, 3, 1])
+    table = evaluate(Holder((0.9 * truth)[order]), Holder(truth))
+    assert list(table.columns) == ["image", "matched", "psnr", "ssim", "lpips"]
+    assert table["image"].tolist() == [0, 1, 2, 3] and order[table["matched"].tolist()].tolist() == [0, 1, 2, 3]
+    np.testing.assert_allclose(table["psnr"], metrics.psnr(0.9 * truth, truth))
+    np.testing.assert_allclose(table["ssim"], metrics.ssim(0.9 * truth, truth), rtol=1e-6)
+    np.testing.assert_allclose(table["lpips"], metrics.lpips(0.9 * truth, truth), rtol=1e-4)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.permutations(range(4)))
+def test_evaluate_does_not_depend_on_the_order_of_the_reconstruction(order):
+    truth, images, model = random_images(4), random_images(4, seed=1), nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.Linear(4, 2))
+    first = evaluate(images, truth, model=model).drop(columns="matched")
+    second = evaluate(images[list(order)], truth, model=model).drop(columns="matched")
+    pd.testing.assert_frame_equal(first, second, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (random_images(2, size=16), r"\(3, 16, 16\)"),
+        (3 * random_images(2), r"expected images in \[0, 1\]"),
+        (random_images(2) - 0.01, r"expected images in \[0, 1\]"),
+        (random_images(2) / 0, "NaN or infinite"),
+        (random_images(2)[:, :1], r"\(2, 1, 32, 32\)"),
+        ([0.5], "found list"),
+    ],
+)
+def test_evaluate_says_what_is_wrong_with_images(images, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(images, random_images(2))
+
+
+def test_evaluate_refuses_another_number_of_images():
+    with pytest.raises(BatchSizeError, match="3 reconstructed images .* 2 private"):
+        evaluate(random_images(3), random_images(2))
+
+
+def test_evaluate_tolerates_rounding_outside_the_range():
+    assert np.isfinite(evaluate(random_images(2) * (1 + 5e-5), random_images(2)).to_numpy()).all()
+
+
+# Intervals
+
+
+def test_the_interval_of_normal_data_is_close_to_its_closed_form():
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    interval = bootstrap_interval(values)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert interval.mean == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.05 * 2 * half)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.05 * 2 * half)
+    assert interval.count == 400
+
+
+def test_the_interval_of_eight_normal_values_covers_the_mean_about_as_often_as_it_says():
+    samples = np.random.default_rng(1).normal(size=(300, 8))
+    intervals = [bootstrap_interval(sample) for sample in samples]
+    covered = sum(interval.low <= 0 <= interval.high for interval in intervals)
+    assert scipy.stats.binomtest(covered, 300, 0.95).pvalue > 0.01
+
+
+def test_the_same_seed_gives_the_same_interval_whatever_the_global_generator():
+    values = np.random.default_rng(0).normal(size=20)
+    np.random.seed(1)
+    first = bootstrap_interval(values)
+    np.random.seed(2)
+    assert bootstrap_interval(values) == first != bootstrap_interval(values, seed=1)
+
+
+def test_more_confidence_gives_a_wider_interval():
+    values = np.random.default_rng(0).normal(size=30)
+    assert bootstrap_interval(values, confidence=0.99).low < bootstrap_interval(values, confidence=0.5).low
+
+
+def test_images_that_were_reconstructed_together_widen_the_interval():
+    generator = np.random.default_rng(0)
+    groups = np.repeat(np.arange(12), 8)
+    values = generator.normal(size=12)[groups] + 0.1 * generator.normal(size=96)
+    grouped, naive = bootstrap_interval(values, groups=groups), bootstrap_interval(values)
+    assert grouped.high - grouped.low > 2 * (naive.high - naive.low)
+    assert (grouped.count, naive.count) == (12, 96) and grouped.mean == pytest.approx(naive.mean)
+
+
+def test_two_groups_of_unequal_size_give_an_interval_within_their_means():
+    interval = bootstrap_interval([0, 0, 0, 1], groups=["a", "a", "a", "b"])
+    assert interval == Interval(0.25, 0.0, 1.0, 2)
+
+
+@pytest.mark.parametrize(("values", "groups"), [([0.5], None), ([1.0, 2.0], ["a", "a"])])
+def test_one_observation_has_no_interval(values, groups):
+    interval = bootstrap_interval(values, groups=groups)
+    assert interval.mean == np.mean(values) and np.isnan(interval.low) and np.isnan(interval.high) and interval.count == 1
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0], [2.0]]])
+def test_an_interval_of_unusable_values_is_refused(values):
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_interval(values)
+
+
+def test_groups_of_another_length_are_refused():
+    with pytest.raises(ValueError, match="one group a value"):
+        bootstrap_interval([1.0, 2.0], groups=["a"])
+
+
+def test_identical_arms_differ_by_exactly_0():
+    values = np.random.default_rng(0).normal(size=10)
+    assert paired_difference(values, values) == Interval(0, 0, 0, 10)
+
+
+def test_a_paired_difference_is_surer_than_the_arms_are():
+    generator = np.random.default_rng(0)
+    b = generator.normal(20, 3, size=16)
+    a = b + 0.5 + 0.1 * generator.normal(size=16)
+    difference = paired_difference(pd.Series(a, index=range(16)), pd.Series(b, index=range(16, 32)))
+    assert 0 < difference.low < 0.5 < difference.high < bootstrap_interval(a).high - bootstrap_interval(b).low
+
+
+def test_arms_of_different_length_cannot_be_paired():
+    with pytest.raises(ValueError, match="paired"):
+        paired_difference([1.0, 2.0], [1.0])
+
+
+def test_an_interval_reads_like_a_result():
+    interval = Interval(0.4234, 0.1, 0.75, 8)
+    assert str(interval) == "+0.42 [+0.10, +0.75]"
+    assert f"{interval}" == "+0.42 [+0.10, +0.75]" and f"{interval:.3f}" == "0.423 [0.100, 0.750]"
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        (Interval(0.4, 0.1, 0.7, 8), "supported"),
+        (Interval(0.4, -0.1, 0.9, 8), "undecided at this scale"),
+        (Interval(-0.4, -0.7, -0.1, 8), "not supported"),
+        (Interval(0.0, 0.0, 0.0, 8), "not supported"),
+        (Interval(0.4, 0.3, 0.5, 5), "undecided at this scale"),
+        (Interval(0.4, float("nan"), float("nan"), 1), "undecided at this scale"),
+    ],
+)
+def test_a_claim_is_supported_only_by_an_interval_above_0_of_enough_observations(interval, expected):
+    assert verdict(interval) == expected
