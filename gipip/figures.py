@@ -74,7 +74,7 @@ def save_figure(
             figure.savefig(drafts[0], dpi=dpi, metadata={"Software": None})
             figure.savefig(drafts[1], metadata={"CreationDate": None})
             data.to_csv(drafts[2], index=False, float_format="%.6g", lineterminator="\n")
-            for source, target in zip(drafts, paths):
+            for source, target in zip(drafts, paths, strict=True):
                 os.replace(source, target)
     except OSError as error:
         raise OSError(f"The figure {name!r} cannot be written to {folder} ({error}). Pass a folder that you can write.") from error
@@ -132,14 +132,14 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor] | Tensor], width: f
     histories = {arm: history if isinstance(history, Mapping) else {"cost": history} for arm, history in histories.items()}
     terms = list(dict.fromkeys(term for history in histories.values() for term in history))
     figure, grid = plt.subplots(1, len(terms), squeeze=False, figsize=(width, 2.4), layout="constrained")
-    colors = dict(zip(histories, seaborn.color_palette(n_colors=len(histories))))
-    for axes, term in zip(grid[0], terms):
+    colors = dict(zip(histories, seaborn.color_palette(n_colors=len(histories)), strict=True))
+    for axes, term in zip(grid[0], terms, strict=True):
         for arm, history in histories.items():
             if term in history:
                 axes.plot(history[term].detach().cpu().numpy(), label=arm, color=colors[arm])
         axes.set(title=term, xlabel="iteration", yscale="log")
     grid[0, 0].set_ylabel("weighted cost")
-    handles = {label: line for axes in grid[0] for line, label in zip(*axes.get_legend_handles_labels())}
+    handles = {label: line for axes in grid[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
     figure.data_drawn = pd.concat(
         pd.DataFrame({"arm": arm, "term": term, "value": values.detach().cpu().numpy()}).rename_axis("iteration").reset_index()
@@ -163,7 +163,7 @@ def interval_bars(
     positions = {value: position for position, value in enumerate(table[x].unique())}
     arms = list(table[hue].unique())
     figure, axes = plt.subplots(figsize=(width, 2.6), layout="constrained")
-    for index, (arm, color) in enumerate(zip(arms, seaborn.color_palette(n_colors=len(arms)))):
+    for index, (arm, color) in enumerate(zip(arms, seaborn.color_palette(n_colors=len(arms)), strict=True)):
         part = table[table[hue] == arm]
         center = part[x].map(positions) + (index - (len(arms) - 1) / 2) * 0.8 / len(arms)
         errors = [(part["mean"] - part["low"]).fillna(0), (part["high"] - part["mean"]).fillna(0)]
