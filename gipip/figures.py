@@ -137,7 +137,7 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor] | Tensor], width: f
         for arm, history in histories.items():
             if term in history:
                 axes.plot(history[term].detach().cpu().numpy(), label=arm, color=colors[arm])
-        axes.set(title=term, xlabel="iteration", yscale="log")
+        axes.set(title=term, xlabel="iteration", yscale="log" if axes.dataLim.y1 > 0 else "linear")  # a term of weight 0 is all 0
     grid[0, 0].set_ylabel("weighted cost")
     handles = {label: line for axes in grid[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)), frameon=False)

@@ -116,6 +116,13 @@ def test_cost_curves_accept_a_single_cost():
     assert figures.cost_curves({"DLG": torch.tensor([1.0, 0.1])}).data_drawn["term"].unique() == ["cost"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_cost_curves_draw_a_term_of_weight_0_on_a_linear_axis():
+    figure = figures.cost_curves({"GI-PIP": {"gradient": torch.ones(3), "anomaly": torch.zeros(3)}})
+    figure.canvas.draw()
+    assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
+
+
 def test_interval_bars_draw_group_aware_intervals_in_the_order_of_the_table():
     frame = measurements()
     figure = figures.interval_bars(frame, "batch_size", "psnr", "arm")
