@@ -1,4 +1,4 @@
-"""Draws `cifar10-sample.safetensors` from the full CIFAR-10, byte for byte as it is in this folder.
+"""Draws `cifar10-sample.safetensors` from the full CIFAR-10: the same tensors and metadata, bit for bit.
 
 Run `gipip data cifar10` first, then `python data/draw_cifar10_sample.py [target]`.
 """

@@ -51,7 +51,7 @@ class LabeledImages:
 
     def __post_init__(self):
         if self.pixels.ndim != 4 or self.pixels.shape[1] != 3 or self.pixels.dtype not in (torch.uint8, torch.float32):
-            raise DataError(f"Expected images as uint8 or float32, (batch, 3, height, width); got {self.pixels.dtype}, {self.pixels.shape}.")
+            raise DataError(f"Expected uint8 or float32 images, (batch, 3, height, width); got {self.pixels.dtype}, {self.pixels.shape}.")
         if self.pixels.dtype == torch.float32 and not bool(((self.pixels >= 0) & (self.pixels <= 1)).all()):
             raise DataError("Float images must lie in [0, 1], without NaN. Divide by 255, or clamp.")
         if self.indices is None:
@@ -115,9 +115,9 @@ class Dataset:
         of a larger one. Raises `DataError` if the fraction is out of range or the pool holds fewer images.
         """
         fraction = self.default_fraction if fraction is None else fraction
-        wanted = round(fraction * self.training_images)
-        if not 0 < fraction <= 1 or wanted == 0:
+        if not 0 < fraction <= 1 or round(fraction * self.training_images) == 0:
             raise DataError(f"fraction={fraction} selects no part of {self.training_images:,} images. Expected a number in (0, 1].")
+        wanted = round(fraction * self.training_images)
         if wanted > len(self.auxiliary_pool):
             raise DataError(
                 f"fraction={fraction} is {wanted:,} of {self.training_images:,} images; the embedded sample of {self.name} holds "
@@ -221,7 +221,7 @@ def _cifar10_sample() -> Dataset:
 def _cifar10_full() -> Dataset:
     path = cache_folder() / CIFAR10_FILE
     if not path.exists():
-        raise DataError(f"{path}, the full CIFAR-10, is missing. Run `gipip data cifar10` once, or use the sample: load_dataset('cifar10').")
+        raise DataError(f"{path} (the full CIFAR-10) is missing. Run `gipip data cifar10`, or use the sample: load_dataset('cifar10').")
     tensors, _ = read_tensors(path)
     test = LabeledImages(tensors["test_images"], tensors["test_labels"])
     rows = stratified(test, "tuning:0")

