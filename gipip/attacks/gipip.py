@@ -40,6 +40,6 @@ class GIPIP(InvertingGradients):
         return cls(prior=prior.with_offset(RELEASED_OFFSETS[dataset]), **released("GIPIP", dataset, batch_size) | changes)
 
     @classmethod
-    def tuned(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, **changes) -> Self:
-        """λ_TV and λ_AS tuned on tuning images (`gipip tune`), c = 0, with this library's schedule; `changes` override single settings."""
-        return cls(prior=prior.with_offset(0), **tuned("GIPIP", dataset, batch_size) | changes)
+    def tuned(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, model: str = "convnet", **changes) -> Self:
+        """λ_TV and λ_AS tuned for `model` on tuning images (`gipip tune`), c = 0; `changes` override single settings."""
+        return cls(prior=prior.with_offset(0), **tuned("GIPIP", dataset, model, batch_size) | changes)

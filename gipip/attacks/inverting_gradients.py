@@ -49,6 +49,6 @@ class InvertingGradients(Attack):
         return cls(**released("InvertingGradients", dataset, batch_size) | changes)
 
     @classmethod
-    def tuned(cls, dataset: str, batch_size: int, **changes) -> Self:
-        """λ_TV tuned on tuning images (`gipip tune`), with this library's schedule; `changes` override single settings."""
-        return cls(**tuned("InvertingGradients", dataset, batch_size) | changes)
+    def tuned(cls, dataset: str, batch_size: int, *, model: str = "convnet", **changes) -> Self:
+        """λ_TV tuned for `model` on tuning images (`gipip tune`), this library's schedule; `changes` override single settings."""
+        return cls(**tuned("InvertingGradients", dataset, model, batch_size) | changes)

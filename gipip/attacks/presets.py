@@ -19,25 +19,26 @@ _RELEASED_BASELINE_TV = {"cifar10": 1e-6, "imagenet64": 1e-4}
 
 def released(attack: str, dataset: str, batch_size: int) -> dict:
     """Settings of `attack` ("GIPIP", or its baseline "InvertingGradients") in GI-PIP's public code."""
-    _look_up(_RELEASED_WEIGHTS, dataset, batch_size, "GI-PIP's code holds weights")
+    if dataset not in _RELEASED_WEIGHTS:
+        raise DataError(f"GI-PIP's code holds weights for {', '.join(_RELEASED_WEIGHTS)}, not for {dataset!r}. Give the weights by keyword.")
+    tv_weight, as_weight = _at_batch_size(_RELEASED_WEIGHTS[dataset], batch_size, "GI-PIP's code holds weights")
     common = {"iterations": _RELEASED_ITERATIONS[dataset], **_RELEASED_OPTIMIZER}
     if attack == "InvertingGradients":
         return common | {"tv_weight": _RELEASED_BASELINE_TV[dataset], "signed": True}
-    tv_weight, as_weight = _RELEASED_WEIGHTS[dataset][batch_size]
     return common | {"tv_weight": tv_weight, "as_weight": as_weight, "signed": False, "score_per": "batch"}
 
 
-def tuned(attack: str, dataset: str, batch_size: int) -> dict:
-    """Settings of `attack` found by `gipip tune` on tuning images, from `data/tuned.json`."""
-    table = json.loads((DATA / "tuned.json").read_text())["settings"]
-    weights = {data: {int(size): settings for size, settings in sizes.items()} for data, sizes in table.items()}
-    return _look_up(weights, dataset, batch_size, "Tuned weights are shipped")[attack]
+def tuned(attack: str, dataset: str, model: str, batch_size: int) -> dict:
+    """Weights of `attack` found by `gipip tune` on tuning images, from `data/tuned.json`."""
+    table = json.loads((DATA / "tuned.json").read_text())["settings"].get(dataset, {})
+    if model not in table:
+        raise DataError(f"No tuned weights are shipped for {dataset!r} and {model!r}. Run `gipip tune`, or give the weights by keyword.")
+    sizes = {int(size): settings for size, settings in table[model].items()}
+    return _at_batch_size(sizes, batch_size, "Tuned weights are shipped")[attack]
 
 
-def _look_up(table: dict, dataset: str, batch_size: int, what: str):
-    if dataset not in table:
-        raise DataError(f"{what} for {', '.join(table)}, not for {dataset!r}. Give the weights by keyword instead of the preset.")
-    if batch_size not in table[dataset]:
-        sizes = ", ".join(map(str, table[dataset]))
+def _at_batch_size(table: dict, batch_size: int, what: str):
+    if batch_size not in table:
+        sizes = ", ".join(map(str, table))
         raise BatchSizeError(f"{what} for batch sizes {sizes}, not for {batch_size}. Take one of these or give the weights by keyword.")
-    return table[dataset][batch_size]
+    return table[batch_size]
