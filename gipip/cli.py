@@ -1,0 +1,172 @@
+"""The `gipip` command."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+import gipip
+from gipip.data import load_images
+from gipip.download import CIFAR10_FILE, cache_folder, download_cifar10
+from gipip.errors import BatchSizeError, DataError, GipipError
+from gipip.figures import image_grid, save_figure, use_style
+from gipip.files import DATA
+from gipip.reproduce import run
+
+
+class _Commands(TyperGroup):
+    """Shows what a user can act on as one line instead of a traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (GipipError, OSError) as error:
+            typer.secho(f"Error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            typer.secho("\nStopped. What was finished is kept; the same command goes on from there.", fg="yellow", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class AttackName(StrEnum):
+    gipip = "gipip"
+    ig = "ig"
+    dlg = "dlg"
+
+
+class Labels(StrEnum):
+    given = "given"
+    withheld = "withheld"
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"gipip {gipip.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")] = False):
+    """Gradient inversion attacks in federated learning, reproduced and fairly judged."""
+
+
+@app.command()
+def reproduce(
+    profile: Annotated[str, typer.Option(help="smoke (minutes), cpu (under an hour), paper (hours on a GPU).")],
+    only: Annotated[list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")] = [],  # noqa: B006
+    in_place: Annotated[bool, typer.Option("--in-place", help="Store the outputs in the notebooks themselves (smoke only).")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder of the executed copies [default: results/notebooks/PROFILE].")] = None,
+):
+    """Run the notebooks and regenerate their figures.
+
+    Every finished attack is kept in the result store: after an interruption the same command goes on where it was.
+    """
+    finished = run(profile, only, in_place=in_place, output=output, report=lambda line: typer.secho(line, bold=True))
+    typer.echo()
+    for notebook in finished:
+        figures = ", ".join(figure.stem for figure in notebook.figures) or "none"
+        typer.echo(f"{notebook.name:<22} {notebook.seconds:6.0f} s   figures: {figures}")
+    if finished:
+        typer.echo(f"Executed notebooks: {finished[0].copy.parent}")
+    for folder in sorted({figure.parent for notebook in finished for figure in notebook.figures}):
+        typer.echo(f"Figures: {folder}")
+
+
+@app.command()
+def attack(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, which one client holds as its batch.", metavar="IMAGE...")],
+    attack: Annotated[AttackName, typer.Option(help="GI-PIP, Inverting Gradients, or Deep Leakage from Gradients.")] = AttackName.gipip,
+    model: Annotated[str, typer.Option(help="The client's untrained network: resnet18, convnet or lenet.")] = "convnet",
+    iterations: Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser [default: the attack's].")] = None,
+    labels: Annotated[Labels, typer.Option(help="Whether the client shares its labels (0, 1, 2, …) with the gradient.")] = Labels.given,
+    size: Annotated[int, typer.Option(min=32, help="Pixels a side to which pictures are cropped and scaled.")] = 32,
+    prior: Annotated[Path | None, typer.Option(help="Autoencoder by `gipip train-prior` [default: the one that ships].")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random start.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder of the comparison picture.")] = Path("results/attack"),
+):
+    """Reconstruct your own pictures from the gradient that a client with them would share.
+
+    Writes a picture of both, side by side, and prints how close they are. Weights tuned on CIFAR-10 are taken where there are any.
+    """
+    batch = load_images(images, size)
+    client = gipip.build_model(model, max(10, len(batch)), image_size=size)
+    inverter = _build_attack(attack, model, len(batch), size, prior, {"seed": seed} | ({"iterations": iterations} if iterations else {}))
+    result = inverter(client, gipip.Client(client).share(batch, labels=labels.value))
+    metrics = gipip.evaluate(result, batch, model=client).assign(image=[path.name for path in images])
+    typer.echo("\nAssumptions: " + "; ".join(f"{name}: {value}" for name, value in result.assumptions.items()))
+    for note in result.notes:
+        typer.echo(f"Note: {note}")
+    typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))
+    use_style()
+    rows = {"private": batch.images, "reconstruction": result.images[metrics["matched"].tolist()]}
+    figure = image_grid(rows, captions={"reconstruction": [f"{value:.1f} dB" for value in metrics["psnr"]]})
+    typer.echo(f"Picture: {save_figure(f'{attack.value}-{model}', figure, metrics, output).png}")
+
+
+def _build_attack(name: AttackName, model: str, batch_size: int, size: int, prior_file: Path | None, changes: dict):
+    """The attack, with tuned weights where there are any for this model and batch size, else with its defaults."""
+    if name is AttackName.dlg:
+        return gipip.DLG(**changes)
+    kind = gipip.GIPIP if name is AttackName.gipip else gipip.InvertingGradients
+    if kind is gipip.GIPIP:
+        changes["prior"] = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
+        _check_size(changes["prior"], size)
+    try:
+        return kind.tuned("cifar10", batch_size, model=model, **changes)
+    except (BatchSizeError, DataError):
+        typer.echo(f"No weights were tuned for {model} and {batch_size} images: taking the attack's defaults.")
+        return kind(**changes)
+
+
+def _check_size(prior, size: int) -> None:
+    step = 2**prior.autoencoder.depth
+    if size % step:
+        raise DataError(f"--size {size} does not fit the autoencoder, which needs a multiple of {step}.")
+
+
+@app.command()
+def data(name: Annotated[str | None, typer.Argument(help="cifar10: download and verify the full set, 184 MB.")] = None):
+    """List the data and weights at hand, or download a full data set."""
+    if name not in (None, "cifar10"):
+        raise DataError(f"Unknown data set {name!r}. Known: cifar10. For your own pictures use load_dataset('folder', root=…).")
+    if name == "cifar10":
+        typer.echo(f"The full CIFAR-10, verified: {download_cifar10()}")
+        return
+    typer.echo("Ships with gipip:")
+    for path in sorted(DATA.glob("*.safetensors")):
+        typer.echo(f"  {path.stat().st_size / 1e6:7.1f} MB  {path}")
+    full = cache_folder() / CIFAR10_FILE
+    state = f"{full.stat().st_size / 1e6:7.1f} MB  {full}" if full.exists() else "not here; `gipip data cifar10` downloads it"
+    typer.echo(f"The full CIFAR-10:\n  {state}")
+
+
+@app.command()
+def train_prior(
+    data: Annotated[str, typer.Option(help="cifar10, or a folder in the layout FOLDER/class/image; half of it stays private.")] = "cifar10",
+    fraction: Annotated[float | None, typer.Option(help="Share of the images used [default: 0.038 of CIFAR-10, all of a folder].")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Draw from the full CIFAR-10, after `gipip data cifar10`.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer if the validation loss stops falling.")] = 6_000,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the first layer.")] = 12,
+    depth: Annotated[int, typer.Option(min=1, help="Layers that halve the image.")] = 3,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side [default: 32 for CIFAR-10, 64 for a folder].")] = None,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("results/autoencoder.safetensors"),
+    seed: Annotated[int, typer.Option(help="Of the auxiliary images, the first weights and the batches.")] = 0,
+):
+    """Train the autoencoder of GI-PIP's anomaly score on auxiliary images."""
+    folder = None if data == "cifar10" else data
+    dataset = gipip.load_dataset("folder" if folder else data, root=folder, size=size, full=full)
+    if dataset.image_size % 2**depth:
+        raise DataError(f"Images of {dataset.image_size} pixels cannot be halved {depth} times. Choose a --size or --depth that fits.")
+    auxiliary = dataset.auxiliary(fraction, seed=seed)
+    prior = gipip.train_autoencoder(auxiliary, width=width, depth=depth, steps=steps, seed=seed)
+    prior.provenance["dataset"] = dataset.name
+    typer.echo(f"Trained on {len(auxiliary):,} images of {dataset.name}.")
+    losses = prior.provenance["history"]["validation"]
+    typer.echo(f"Lowest validation loss {min(losses, default=float('nan')):.5f}; offset c {prior.offset:.5f}")
+    typer.echo(f"Saved: {prior.save(output)}")
