@@ -1,0 +1,70 @@
+"""pyproject.toml is the only source of what gipip needs, and the other files agree with it."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rattler import MatchSpec, Version, VersionSpec
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
+DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "distributed": "dask"}
+"""Of modules that are not called like the package that brings them."""
+
+
+@pytest.mark.parametrize("version", ["3.10.19", "3.11.0", "3.11.9", "3.12.4", "3.13.7", "3.14.0", "3.15.1", "4.0.0"])
+def test_conda_and_pip_accept_the_same_pythons(version):
+    python = MatchSpec(next(entry for entry in CONDA["dependencies"] if str(entry).startswith("python ")))
+    assert VersionSpec(python.version).matches(Version(version)) == (version in SpecifierSet(PROJECT["requires-python"]))
+
+
+def test_conda_leaves_every_other_requirement_to_pyproject():
+    names = [entry if isinstance(entry, dict) else MatchSpec(entry).name.normalized for entry in CONDA["dependencies"]]
+    assert names == ["python", "pip", {"pip": ["-e .[test]"]}]
+    assert "test" in PROJECT["optional-dependencies"]
+
+
+def test_every_imported_package_is_declared():
+    declared = {Requirement(text).name for text in PROJECT["dependencies"]}
+    imported = {DISTRIBUTION.get(module, module) for path in (ROOT / "gipip").rglob("*.py") for module in _imports(path)}
+    assert imported - declared == set()
+
+
+def test_every_declared_package_has_a_lower_bound():
+    requirements = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+    assert [requirement.name for requirement in requirements if ">=" not in str(requirement.specifier)] == []
+
+
+def _imports(path: Path) -> set[str]:
+    """Top-level names of the third-party modules that a file imports."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules.add(node.module.split(".")[0])
+    return modules - set(sys.stdlib_module_names) - {"gipip"}
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="there is no README.md yet")
+def test_the_readmes_commands_exist():
+    commands = _shell_lines((ROOT / "README.md").read_text())
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {word for line in commands for word in re.findall(r"^make ([a-z]+)", line)} <= targets
+    from gipip.cli import app
+
+    known = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
+    assert {word for line in commands for word in re.findall(r"^gipip ([a-z-]+)", line) if not word.startswith("-")} <= known
+
+
+def _shell_lines(markdown: str) -> list[str]:
+    """The commands in a text's code blocks, without prompt and without the environment's folder."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+    return [re.sub(r"^(\$ )?(\.venv/bin/)?", "", line.strip()) for block in blocks for line in block.splitlines()]
