@@ -67,6 +67,8 @@ def run(
     """
     folder = Path(folder or notebooks_folder()).resolve()
     parameters = plan(profile, only, folder)
+    if not parameters:
+        raise ProfileError(f"{folder} holds no notebooks. Expected NUMBER_NAME.ipynb, such as 00_quickstart.ipynb.")
     if in_place and any(parameters.values()):
         raise ProfileError(f"Notebooks are stored as they are, in the smoke profile; {profile!r} sets parameters. Leave --in-place out.")
     target = folder if in_place else Path(output or folder.parent / "results" / "notebooks" / profile).resolve()
@@ -170,8 +172,11 @@ def _normalised(source: Path, target: Path) -> None:
         if cell.cell_type == "code":
             cell.update(outputs=[], execution_count=None)  # nothing of an earlier execution may pass for one of this
     options = {"record_timing": False, "coalesce_streams": True, "kernel_name": "python3", "timeout": None, "config": _KERNEL}
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(source.parent)}}, **options)
     try:
-        NotebookClient(notebook, resources={"metadata": {"path": str(source.parent)}}, **options).execute()
+        with client.setup_kernel():  # client.execute() would answer Ctrl-C with an AssertionError
+            for index, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, index)
     finally:
         notebook.metadata["language_info"] = {"name": "python"}
         notebook.metadata.pop("widgets", None)

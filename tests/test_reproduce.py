@@ -69,6 +69,13 @@ def test_what_does_not_exist_is_named_beside_what_does(folder, profile, only, me
         run(profile, only, folder=folder)
 
 
+def test_a_folder_without_notebooks_is_an_error(folder):
+    for notebook in folder.glob("*.ipynb"):
+        notebook.unlink()
+    with pytest.raises(ProfileError, match="holds no notebooks"):
+        run("smoke", folder=folder)
+
+
 @pytest.mark.parametrize("text", ["profiles: [", "", "cpu: {}"])
 def test_unreadable_profiles_are_an_error(folder, text):
     (folder / "profiles.yaml").write_text(text)
