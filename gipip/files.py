@@ -44,7 +44,8 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = canonical_json(metadata)
-    content = safetensors.torch.save(tensors, {"metadata": text, "sha256": fingerprint(tensors, text)})
+    header = {"metadata": text, "sha256": fingerprint(tensors, text)}
+    content = safetensors.torch.save(tensors, {"gipip": canonical_json(header)})  # one entry: safetensors writes several in random order
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
         try:
@@ -64,7 +65,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     path = Path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("gipip", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise
