@@ -61,7 +61,7 @@ def reproduce(
     profile: Annotated[str, typer.Option(help="smoke (minutes), cpu (under an hour), paper (hours on a GPU).")],
     only: Annotated[list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")] = [],  # noqa: B006
     in_place: Annotated[bool, typer.Option("--in-place", help="Store the outputs in the notebooks themselves (smoke only).")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder of the executed copies [default: results/notebooks/PROFILE].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the executed copies.", show_default="results/notebooks/PROFILE")] = None,
 ):
     """Run the notebooks and regenerate their figures.
 
@@ -80,19 +80,19 @@ def reproduce(
 
 @app.command()
 def attack(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, which one client holds as its batch.", metavar="IMAGE...")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, which one client holds as its batch.", metavar="IMAGE")],
     attack: Annotated[AttackName, typer.Option(help="GI-PIP, Inverting Gradients, or Deep Leakage from Gradients.")] = AttackName.gipip,
     model: Annotated[str, typer.Option(help="The client's untrained network: resnet18, convnet or lenet.")] = "convnet",
-    iterations: Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser [default: the attack's].")] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser.", show_default="the attack's")] = None,
     labels: Annotated[Labels, typer.Option(help="Whether the client shares its labels (0, 1, 2, …) with the gradient.")] = Labels.given,
     size: Annotated[int, typer.Option(min=32, help="Pixels a side to which pictures are cropped and scaled.")] = 32,
-    prior: Annotated[Path | None, typer.Option(help="Autoencoder by `gipip train-prior` [default: the one that ships].")] = None,
+    prior: Annotated[Path | None, typer.Option(help="File by `gipip train-prior`.", show_default="the one that ships")] = None,
     seed: Annotated[int, typer.Option(help="Of the random start.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the comparison picture.")] = Path("results/attack"),
 ):
     """Reconstruct your own pictures from the gradient that a client with them would share.
 
-    Writes a picture of both, side by side, and prints how close they are. Weights tuned on CIFAR-10 are taken where there are any.
+    Writes a picture of both, one above the other, and prints how close they are. Weights tuned on CIFAR-10 are taken where there are any.
     """
     batch = load_images(images, size)
     client = gipip.build_model(model, max(10, len(batch)), image_size=size)
@@ -149,12 +149,12 @@ def data(name: Annotated[str | None, typer.Argument(help="cifar10: download and 
 @app.command()
 def train_prior(
     data: Annotated[str, typer.Option(help="cifar10, or a folder in the layout FOLDER/class/image; half of it stays private.")] = "cifar10",
-    fraction: Annotated[float | None, typer.Option(help="Share of the images used [default: 0.038 of CIFAR-10, all of a folder].")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the images used.", show_default="0.038 of CIFAR-10, all of a folder")] = None,
     full: Annotated[bool, typer.Option("--full", help="Draw from the full CIFAR-10, after `gipip data cifar10`.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer if the validation loss stops falling.")] = 6_000,
     width: Annotated[int, typer.Option(min=1, help="Channels of the first layer.")] = 12,
     depth: Annotated[int, typer.Option(min=1, help="Layers that halve the image.")] = 3,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side [default: 32 for CIFAR-10, 64 for a folder].")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side.", show_default="32 for CIFAR-10, 64 for a folder")] = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("results/autoencoder.safetensors"),
     seed: Annotated[int, typer.Option(help="Of the auxiliary images, the first weights and the batches.")] = 0,
 ):

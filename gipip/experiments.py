@@ -185,7 +185,7 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
         "seconds": reconstruction.seconds,
         "made": _provenance(device),
     }
-    matched = torch.as_tensor(metrics["matched"].to_numpy())
+    matched = torch.tensor(metrics["matched"].tolist())
     result = Result(
         run, reconstruction.images[matched], truth.images, reconstruction.labels[matched], reconstruction.history, metrics, details
     )

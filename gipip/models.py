@@ -4,6 +4,7 @@ Every model is `ClientModel(normalize, network)`: images in [0, 1] enter, the fi
 apart, because their variable lives in normalised space.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -68,9 +69,10 @@ def build_model(
     `name`: "resnet18", "convnet" or "lenet". Raises ModelError for any other.
     """
     if name not in _NETWORKS:
-        raise ModelError(f"Unknown model {name!r}. Known models: {', '.join(sorted(_NETWORKS))}. For your own network use gipip.client_model.")
+        known = ", ".join(sorted(_NETWORKS))
+        raise ModelError(f"Unknown model {name!r}. Known models: {known}. For your own network use gipip.client_model.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
         return client_model(_NETWORKS[name](num_classes, image_size), mean, std).eval()
 
 
@@ -87,7 +89,7 @@ def _convnet(num_classes: int, image_size: int) -> nn.Module:
     """Six 3×3 convolutions with BatchNorm and ReLU (32-64-64, pool, 128-128-128, pool) and a linear layer."""
     widths = [3, 32, 64, 64, 128, 128, 128]
     layers = []
-    for index, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
         if index in (2, 5):
             layers.append(nn.MaxPool2d(kernel_size=3))
@@ -108,6 +110,11 @@ def _lenet(num_classes: int, image_size: int) -> nn.Module:
 _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"resnet18": _resnet18, "convnet": _convnet, "lenet": _lenet}
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters a client trains, and so shares gradients of, by name; frozen ones (requires_grad=False) are left out."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers."""
     return fingerprint(model.state_dict())
@@ -117,8 +124,8 @@ def check_client_model(model: nn.Module) -> None:
     """Raise ModelError unless `model` is a ClientModel, whose normalisation an attack can take apart."""
     if not isinstance(model, ClientModel):
         raise ModelError(
-            f"The model ({type(model).__name__}) has no normalisation layer that gipip knows. Expected a gipip.ClientModel, whose first layer "
-            "normalises images in [0, 1]. Wrap your network: gipip.client_model(network, mean=(…), std=(…))."
+            f"The model ({type(model).__name__}) has no normalisation layer that gipip knows. Expected a gipip.ClientModel, whose first "
+            "layer normalises images in [0, 1]. Wrap your network: gipip.client_model(network, mean=(…), std=(…))."
         )
 
 
@@ -126,5 +133,7 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
     """Name and module of the model's classification layer; ModelError when it ends in something else."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise ModelError("The model has no linear layer, from whose gradient labels are inferred. Share the labels: Client.share(batch, labels='given').")
+        raise ModelError(
+            "The model has no linear layer, from whose gradient labels are inferred. Share the labels: Client.share(batch, labels='given')."
+        )
     return layers[-1]

@@ -45,7 +45,7 @@ def notebooks_folder() -> Path:
     if not (_PACKAGE / "_notebooks").is_dir():
         return _PACKAGE.parent / "notebooks"
     if not Path("notebooks").is_dir():
-        shutil.copytree(_PACKAGE / "_notebooks", "notebooks")
+        shutil.copytree(_PACKAGE / "_notebooks", "notebooks", ignore=shutil.ignore_patterns("__pycache__"))
     return Path("notebooks").resolve()
 
 

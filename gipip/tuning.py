@@ -10,7 +10,7 @@ from gipip.attacks import GIPIP, InvertingGradients
 from gipip.experiments import Run, Scenario, sweep
 from gipip.priors import AnomalyScore
 
-TV_WEIGHTS = (1e-3, 3e-3, 1e-2, 3e-2)
+TV_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 AS_WEIGHTS = (0.05, 0.2, 1.0, 3.0)
 
 
@@ -23,13 +23,13 @@ def tune(
     iterations: int = 300,
     tv_weights: Iterable[float] = TV_WEIGHTS,
     as_weights: Iterable[float] = AS_WEIGHTS,
-    store: Path | str = "results",
-    workers: int | None = None,
+    **sweep_options,
 ) -> tuple[dict, pandas.DataFrame]:
     """The weights of highest mean PSNR on tuning images, and the whole grid.
 
     `batches`: for each batch size how many batches of tuning images. Inverting Gradients is tried with every λ_TV, GIPIP (c = 0) with
     every λ_TV × λ_AS. Returns {data set: {model: {batch size: {attack: settings}}}} and a table with a row for each point of the grid.
+    `sweep_options`: store, workers, scheduler, as for `sweep`.
     """
     prior = prior.with_offset(0)
     attacks = [InvertingGradients(tv_weight=tv, iterations=iterations) for tv in tv_weights]
@@ -40,7 +40,7 @@ def tune(
         for size, count in batches.items()
         for seed in range(count)
     ]
-    results = sweep([Run(type(attack).__name__, scenario, attack) for scenario in scenarios for attack in attacks], store=store, workers=workers)
+    results = sweep([Run(type(attack).__name__, scenario, attack) for scenario in scenarios for attack in attacks], **sweep_options)
     rows = [
         {"attack": result.run.arm, "model": result.run.scenario.model, "batch_size": result.run.scenario.batch_size}
         | {"tv_weight": result.run.attack.tv_weight, "as_weight": getattr(result.run.attack, "as_weight", 0.0)}

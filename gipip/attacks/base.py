@@ -5,21 +5,23 @@ optimiser, which `terms` make up the cost, and what holds after each step (`proj
 """
 
 import copy
+import functools
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
-from typing import Literal
 
 from gipip.attacks.labels import infer_labels
+from gipip.attacks.replay import Replay
 from gipip.errors import BatchSizeError, LabelError
 from gipip.federation import SharedUpdate
-from gipip.models import ClientModel
+from gipip.models import ClientModel, trainable
 from gipip.progress import progress
 
 _CHECK_EVERY = 20  # iterations between looks at the cost: each look makes a GPU wait
@@ -48,7 +50,10 @@ class Reconstruction:
 
 @dataclass(eq=False)
 class View:
-    """All that an attack works with: the network that takes normalised images, the update's gradients, and labels if known."""
+    """All that an attack works with: the network that takes normalised images, the update's gradients, and labels if the attack knows them.
+
+    `parameters`: the trainable ones, in the gradients' order. `shape`: of the candidate images.
+    """
 
     network: nn.Module
     parameters: tuple[nn.Parameter, ...]
@@ -58,6 +63,13 @@ class View:
     classes: int
     labels: Int[Tensor, "batch"] | None
     generator: torch.Generator
+    placed: dict[nn.Module, nn.Module] = field(default_factory=dict)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """A copy of a prior on the attack's device and in its precision, made once."""
+        if module not in self.placed:
+            self.placed[module] = copy.deepcopy(module).to(self.parameters[0])
+        return self.placed[module]
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers from the attack's own generator, the same on every device."""
@@ -85,13 +97,13 @@ class _Attempt:
     interrupted: bool = False
     stopped: bool = False
 
-    def record(self, terms: dict[str, Tensor]) -> None:
-        """Note the cost of the current iterate, and keep the iterate if it is the best so far (never if its cost is not finite)."""
-        self.history.append({name: term.detach() for name, term in terms.items()})
-        cost = sum(self.history[-1].values())
+    @torch.no_grad()
+    def keep_if_best(self, cost: Tensor) -> None:
+        """Keep the current iterate if its cost is the lowest so far (never if it is not finite)."""
         better = cost < self.best_cost
-        self.best_cost = torch.where(better, cost, self.best_cost)
-        self.best = {name: torch.where(better, variable.detach(), self.best[name]) for name, variable in self.variables.items()}
+        self.best_cost.copy_(torch.where(better, cost, self.best_cost))
+        for name, variable in self.variables.items():
+            self.best[name].copy_(torch.where(better, variable, self.best[name]))
 
     def costs(self) -> Tensor:
         return torch.stack([sum(terms.values()) for terms in self.history])
@@ -104,7 +116,9 @@ class Attack(BaseModel):
     returned. `seed`: of the random starts. `returns`: the last iterate, or the one of lowest attacker-visible cost.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    replayable: ClassVar[bool] = True  # every step does the same work, so that a GPU can replay a captured one
 
     iterations: PositiveInt = 300
     restarts: PositiveInt = 1
@@ -112,6 +126,10 @@ class Attack(BaseModel):
     returns: Literal["last", "lowest_cost"] = "last"
 
     # The steps a subclass defines ------------------------------------------------------------------------------------------------
+
+    def known_labels(self, model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch"] | None:
+        """The labels the attack works with: the shared ones, else those inferred from the last layer; None if it optimises them."""
+        return infer_labels(model, update) if update.labels is None else update.labels
 
     def variables(self, view: View) -> dict[str, Tensor]:
         """What is optimised: "images", normalised candidates started from standard normal noise, and whatever a subclass adds."""
@@ -139,10 +157,10 @@ class Attack(BaseModel):
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         """What this attack takes for granted, as data for the tables: labels, BatchNorm, auxiliary data."""
         inferred = "inferred from the last layer (iDLG)" if update.batch_size == 1 else "counts inferred from the last layer's bias"
-        batch_norm = {"eval": "eval mode: running statistics, known with the model", "train": "train mode: statistics of the candidate batch"}
+        running, candidates = "eval mode: running statistics, known with the model", "train mode: statistics of the candidate batch"
         return {
             "labels": inferred if update.labels is None else "given",
-            "BatchNorm": batch_norm[update.mode],
+            "BatchNorm": running if update.mode == "eval" else candidates,
             "auxiliary data": "none",
         }
 
@@ -165,13 +183,14 @@ class Attack(BaseModel):
         started = time.perf_counter()
         view = self._view(model, update)
         attempts = []
-        for restart in range(self.restarts):
-            view.generator.manual_seed(self.seed + restart)
-            attempts.append(self._attempt(view, watch, watch_every, f"{type(self).__name__} {restart + 1}/{self.restarts}"))
-            if attempts[-1].stopped:
-                break
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # gradients are matched to float32's precision
+            for restart in range(self.restarts):
+                view.generator.manual_seed(self.seed + restart)
+                attempts.append(self._attempt(view, watch, watch_every, f"{type(self).__name__} {restart + 1}/{self.restarts}"))
+                if attempts[-1].stopped:
+                    break
         results = [self._choose(attempt) for attempt in attempts]
-        attempt, (variables, cost, returned) = min(zip(attempts, results), key=lambda pair: pair[1][1])
+        attempt, (variables, cost, returned) = min(zip(attempts, results, strict=True), key=lambda pair: pair[1][1])
         return Reconstruction(
             images=view.images(variables["images"]).float().cpu(),
             labels=self.labels(view, variables).cpu(),
@@ -186,26 +205,29 @@ class Attack(BaseModel):
 
     def _view(self, model: ClientModel, update: SharedUpdate) -> View:
         update.check(model)
-        network = copy.deepcopy(model.network).train(update.mode == "train")
-        labels = infer_labels(model, update) if update.labels is None else update.labels
-        with torch.no_grad():
-            classes = model(torch.zeros(1, *update.image_shape).to(update.gradients[0])).shape[1]
-        _check_labels(labels, update.batch_size, classes)
+        model = copy.deepcopy(model).train(update.mode == "train")  # a copy: train mode would move the running statistics
         shape = (update.batch_size, *update.image_shape)
-        return View(network, tuple(network.parameters()), model.normalize, update.gradients, shape, classes, labels, torch.Generator())
+        with torch.no_grad():
+            classes = model(torch.zeros(shape).to(update.gradients[0])).shape[1]
+        if update.labels is not None:
+            _check_labels(update.labels, update.batch_size, classes)
+        labels = self.known_labels(model, update)
+        parameters = tuple(trainable(model).values())
+        return View(model.network, parameters, model.normalize, update.gradients, shape, classes, labels, torch.Generator())
 
     def _attempt(self, view: View, watch, watch_every: int, description: str) -> _Attempt:
         variables = {name: variable.requires_grad_() for name, variable in self.variables(view).items()}
         optimizer, schedule = self.optimizer(list(variables.values()))
         infinite = torch.full((), float("inf")).to(view.parameters[0])
         attempt = _Attempt(variables, {name: variable.detach().clone() for name, variable in variables.items()}, infinite)
+        step = functools.partial(self._step, view, attempt, optimizer)
+        if self.replayable and infinite.is_cuda:
+            step = Replay(step)
         try:
             for iteration in progress(range(self.iterations), description=description):
-                self._step(view, attempt, optimizer)
+                attempt.history.append(step())
                 if schedule:
                     schedule.step()
-                with torch.no_grad():
-                    self.project(view, variables)
                 if iteration % _CHECK_EVERY == 0 and not _finite(attempt):
                     break
                 if watch and (iteration + 1) % watch_every == 0:
@@ -213,25 +235,31 @@ class Attack(BaseModel):
         except (KeyboardInterrupt, StopIteration):
             attempt.stopped = True
             attempt.notes.append(f"stopped by the user after {len(attempt.history)} of {self.iterations} iterations")
-        attempt.record(self.terms(view, variables))
+        attempt.history.append(self._evaluate(view, attempt))
         return attempt
 
-    def _step(self, view: View, attempt: _Attempt, optimizer: torch.optim.Optimizer) -> None:
-        """One step of the optimiser; one that evaluates the cost several times (L-BFGS) has its first evaluation recorded."""
-        evaluated = False
+    def _evaluate(self, view: View, attempt: _Attempt) -> dict[str, Tensor]:
+        """The terms of the current iterate's cost; their gradient goes to the variables, and the iterate is kept if it is the best."""
+        terms = self.terms(view, attempt.variables)
+        cost = sum(terms.values())
+        variables = list(attempt.variables.values())
+        for variable, gradient in zip(variables, torch.autograd.grad(cost, variables), strict=True):
+            variable.grad = self.direction(gradient)
+        attempt.keep_if_best(cost)
+        return {name: term.detach() for name, term in terms.items()}
 
-        def closure() -> Tensor:
-            nonlocal evaluated
-            terms = self.terms(view, attempt.variables)
-            cost = sum(terms.values())
-            for variable, gradient in zip(attempt.variables.values(), torch.autograd.grad(cost, list(attempt.variables.values()))):
-                variable.grad = self.direction(gradient)
-            if not evaluated:
-                attempt.record(terms)
-                evaluated = True
-            return cost
+    def _step(self, view: View, attempt: _Attempt, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """One step of the optimiser, and the terms before it."""
+        evaluations = []
+
+        def closure() -> Tensor:  # L-BFGS calls it several times a step
+            evaluations.append(self._evaluate(view, attempt))
+            return sum(evaluations[-1].values())
 
         optimizer.step(closure)
+        with torch.no_grad():
+            self.project(view, attempt.variables)
+        return evaluations[0]
 
     def _choose(self, attempt: _Attempt) -> tuple[dict[str, Tensor], float, str]:
         """The iterate to return, its attacker-visible cost, and which one it is."""
@@ -239,7 +267,8 @@ class Attack(BaseModel):
         last, best = costs[-1].item(), attempt.best_cost.item()
         if not torch.isfinite(costs).all():
             first = int((~torch.isfinite(costs)).nonzero()[0])
-            note = f"the cost was not finite at iteration {first} of {self.iterations}; the iterate of lowest cost before is returned"
+            returned = "the iterate of lowest cost before" if first else "the random start"
+            note = f"the cost was not finite at iteration {first} of {self.iterations}; {returned} is returned"
             attempt.notes.append(note)
             warnings.warn(f"{type(self).__name__}: {note}. A smaller learning rate or another seed may help.", stacklevel=3)
             return attempt.best, best, "lowest attacker-visible cost"
@@ -254,6 +283,6 @@ def _finite(attempt: _Attempt) -> bool:
 
 def _check_labels(labels: Int[Tensor, "batch"], batch_size: int, classes: int) -> None:
     if len(labels) != batch_size:
-        raise BatchSizeError(f"The update says it holds {batch_size} images but {len(labels)} labels came with it. Expected one label an image.")
+        raise BatchSizeError(f"The update is of {batch_size} images but {len(labels)} labels came with it. Expected one label an image.")
     if ((labels < 0) | (labels >= classes)).any():
         raise LabelError(f"The update's labels {labels.tolist()} are out of range: the model has {classes} classes, 0 to {classes - 1}.")

@@ -1,7 +1,5 @@
 """Deep Leakage from Gradients (Zhu et al., NeurIPS 2019): match the gradient itself, labels optimised along."""
 
-from typing import Self
-
 import torch
 from jaxtyping import Int
 from pydantic import PositiveFloat, PositiveInt
@@ -10,6 +8,7 @@ from torch import Tensor
 from gipip.attacks.base import Attack, View
 from gipip.attacks.objectives import soft_cross_entropy, squared_distance
 from gipip.federation import SharedUpdate
+from gipip.models import ClientModel
 
 
 class DLG(Attack):
@@ -19,8 +18,13 @@ class DLG(Attack):
     networks with BatchNorm it is known to fail.
     """
 
+    replayable = False  # L-BFGS decides on the values it sees
+
     learning_rate: PositiveFloat = 1.0
     inner_iterations: PositiveInt = 20
+
+    def known_labels(self, model: ClientModel, update: SharedUpdate) -> None:
+        """None: labels are optimised, whether the client shares them or not."""
 
     def variables(self, view: View) -> dict[str, Tensor]:
         return super().variables(view) | {"labels": view.randn(view.shape[0], view.classes)}
@@ -40,6 +44,6 @@ class DLG(Attack):
         return super().assumptions(update) | {"labels": "optimised with the images"}
 
     @classmethod
-    def as_released(cls, **changes) -> Self:
+    def as_released(cls, **changes) -> "DLG":
         """The original code's settings: 300 steps of L-BFGS with learning rate 1; `changes` override single settings."""
         return cls(**{"iterations": 300} | changes)

@@ -1,6 +1,6 @@
 """GI-PIP (Fang et al., ICASSP 2024): Inverting Gradients with the anomaly score of an autoencoder as a further term."""
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import NonNegativeFloat, field_serializer
 from torch import Tensor
@@ -28,18 +28,19 @@ class GIPIP(InvertingGradients):
         return prior.fingerprint
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
-        score = self.prior(view.images(variables["images"]), per=self.score_per).mean()
+        score = view.place(self.prior)(view.images(variables["images"]), per=self.score_per).mean()
         return super().terms(view, variables) | {"anomaly score": self.as_weight * score}
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         return super().assumptions(update) | {"auxiliary data": f"{self.prior.provenance.get('images', 'an unknown number of')} images"}
 
     @classmethod
-    def as_released(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, **changes) -> Self:
+    def as_released(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, **changes) -> "GIPIP":
         """Weights, offset c, optimiser and iterations of the public code; `changes` override single settings."""
-        return cls(prior=prior.with_offset(RELEASED_OFFSETS[dataset]), **released("GIPIP", dataset, batch_size) | changes)
+        settings = released("GIPIP", dataset, batch_size) | changes
+        return cls(prior=prior.with_offset(RELEASED_OFFSETS[dataset]), **settings)
 
     @classmethod
-    def tuned(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, model: str = "convnet", **changes) -> Self:
+    def tuned(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, model: str = "convnet", **changes) -> "GIPIP":
         """λ_TV and λ_AS tuned for `model` on tuning images (`gipip tune`), c = 0; `changes` override single settings."""
         return cls(prior=prior.with_offset(0), **tuned("GIPIP", dataset, model, batch_size) | changes)

@@ -1,6 +1,6 @@
 """Inverting Gradients (Geiping et al., NeurIPS 2020): match the gradient's direction, with total variation."""
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
@@ -24,7 +24,9 @@ class InvertingGradients(Attack):
     signed: bool = True
 
     def optimizer(self, variables):
-        adam = torch.optim.Adam(variables, lr=self.learning_rate)
+        gpu = variables[0].is_cuda  # where a captured step must read its learning rate from GPU memory
+        rate = torch.tensor(self.learning_rate, device=variables[0].device) if gpu else self.learning_rate
+        adam = torch.optim.Adam(variables, lr=rate, capturable=gpu)
         if self.schedule == "cosine":
             return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.iterations)
         milestones = [self.iterations * eighths // 8 for eighths in (3, 5, 7)]
@@ -44,11 +46,11 @@ class InvertingGradients(Attack):
         x.copy_(x.clamp(lower, upper))
 
     @classmethod
-    def as_released(cls, dataset: str, batch_size: int, **changes) -> Self:
+    def as_released(cls, dataset: str, batch_size: int, **changes) -> "InvertingGradients":
         """The baseline as GI-PIP's release runs it (signed Adam, lr 0.1 in steps); `changes` override single settings."""
         return cls(**released("InvertingGradients", dataset, batch_size) | changes)
 
     @classmethod
-    def tuned(cls, dataset: str, batch_size: int, *, model: str = "convnet", **changes) -> Self:
+    def tuned(cls, dataset: str, batch_size: int, *, model: str = "convnet", **changes) -> "InvertingGradients":
         """λ_TV tuned for `model` on tuning images (`gipip tune`), this library's schedule; `changes` override single settings."""
         return cls(**tuned("InvertingGradients", dataset, model, batch_size) | changes)

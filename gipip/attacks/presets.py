@@ -18,9 +18,13 @@ _RELEASED_BASELINE_TV = {"cifar10": 1e-6, "imagenet64": 1e-4}
 
 
 def released(attack: str, dataset: str, batch_size: int) -> dict:
-    """Settings of `attack` ("GIPIP", or its baseline "InvertingGradients") in GI-PIP's public code."""
+    """Settings of `attack` ("GIPIP", or its baseline "InvertingGradients") in GI-PIP's public code.
+
+    Raises DataError or BatchSizeError for a data set or batch size that the code has no weights for.
+    """
     if dataset not in _RELEASED_WEIGHTS:
-        raise DataError(f"GI-PIP's code holds weights for {', '.join(_RELEASED_WEIGHTS)}, not for {dataset!r}. Give the weights by keyword.")
+        known = ", ".join(_RELEASED_WEIGHTS)
+        raise DataError(f"GI-PIP's code holds weights for {known}, not for {dataset!r}. Give the weights by keyword.")
     tv_weight, as_weight = _at_batch_size(_RELEASED_WEIGHTS[dataset], batch_size, "GI-PIP's code holds weights")
     common = {"iterations": _RELEASED_ITERATIONS[dataset], **_RELEASED_OPTIMIZER}
     if attack == "InvertingGradients":

@@ -1,7 +1,10 @@
 """The anomaly score of GI-PIP: the reconstruction error of an autoencoder trained on a few auxiliary images."""
 
 import copy
+import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gipip.data import LabeledImages
-from gipip.errors import DamagedFileError, DataError
+from gipip.errors import DamagedFileError, DataError, GipipError
 from gipip.files import DATA, canonical_json, fingerprint, read_tensors, write_tensors
 from gipip.progress import progress
 
@@ -27,7 +30,7 @@ class Autoencoder(nn.Module):
     def __init__(self, width: int = 12, depth: int = 3):
         super().__init__()
         channels = [3, *(width * 2**level for level in range(depth))]
-        pairs = list(zip(channels, channels[1:]))
+        pairs = list(itertools.pairwise(channels))
         down = [layer for i, o in pairs for layer in (nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.ReLU())]
         up = [layer for i, o in reversed(pairs) for layer in (nn.ConvTranspose2d(o, i, kernel_size=4, stride=2, padding=1), nn.ReLU())]
         self.layers = nn.Sequential(*down, *up[:-1], nn.Sigmoid())
@@ -72,7 +75,8 @@ class AnomalyScore(nn.Module):
     def save(self, path: Path | str) -> Path:
         """Write weights, offset and provenance to one safetensors file."""
         shape = {"width": self.autoencoder.width, "depth": self.autoencoder.depth}
-        return write_tensors(path, self.autoencoder.state_dict(), {"autoencoder": shape, "offset": self.offset, "provenance": self.provenance})
+        metadata = {"autoencoder": shape, "offset": self.offset, "provenance": self.provenance}
+        return write_tensors(path, self.autoencoder.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> "AnomalyScore":
@@ -81,9 +85,9 @@ class AnomalyScore(nn.Module):
         try:
             autoencoder = Autoencoder(**metadata["autoencoder"])
             autoencoder.load_state_dict(tensors)
+            return cls(autoencoder, metadata["offset"], metadata["provenance"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise DamagedFileError(f"{path} does not hold the weights of an autoencoder ({error}). Train one: gipip train-prior.") from error
-        return cls(autoencoder, metadata["offset"], metadata["provenance"])
+            raise DamagedFileError(f"{path} does not hold an autoencoder ({error}). Train one: gipip train-prior.") from error
 
 
 def load_prior(dataset: str = "cifar10") -> AnomalyScore:
@@ -111,60 +115,104 @@ def train_autoencoder(
 
     A `validation_fraction` of the images is held out: the weights of the lowest validation error are kept, and training stops early after
     `patience` evaluations (one every 100 steps) without a better one. Adam, learning rate falling to zero along a cosine. Ctrl-C keeps the
-    best weights so far. With a `store` (a folder) a training of the same settings on the same images is loaded instead of repeated.
+    best weights so far. With a `store` (a folder) a finished training of the same settings on the same images is loaded instead of
+    repeated. Raises DataError for images the autoencoder cannot be trained on, GipipError when the training diverges.
     """
     settings = {name: value for name, value in locals().items() if name not in ("auxiliary", "store")}
     provenance = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
     path = Path(store) / "priors" / f"{fingerprint({}, canonical_json(provenance))[:24]}.safetensors" if store else None
     if path and path.exists():
         return AnomalyScore.load(path)
+    _check_images(auxiliary, depth)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(auxiliary), generator=generator)
-    held_out = max(1, round(validation_fraction * len(auxiliary)))
-    validation, training = auxiliary.images[order[:held_out]], auxiliary.images[order[held_out:]]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        autoencoder = Autoencoder(width, depth)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    history = _fit(autoencoder.to(device), training.to(device), validation.to(device), steps, batch_size, learning_rate, patience, generator)
-    prior = AnomalyScore(autoencoder.cpu(), provenance=provenance | {"history": history})
+    training, validation = _split(auxiliary, validation_fraction, generator)
+    autoencoder = _untrained(width, depth, seed)
+    course = _fit(autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator)
+    outcome = {"history": course.history} | ({"interrupted": True} if course.interrupted else {})
+    prior = AnomalyScore(autoencoder.cpu(), provenance=provenance | outcome)
     prior.offset = prior.errors(validation).mean().item()
-    if path:
+    if path and not course.interrupted:
         prior.save(path)
     return prior
 
 
-def _fit(autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator) -> dict[str, list]:
-    """Train in place, end with the weights of the lowest validation error, and return the loss curves."""
-    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    best, best_error, waited = copy.deepcopy(autoencoder.state_dict()), float("inf"), 0
-    history = {"step": [], "training": [], "validation": []}
-    losses = []
+def _check_images(auxiliary: LabeledImages, depth: int) -> None:
+    height, width = auxiliary.pixels.shape[-2:]
+    if len(auxiliary) < 2:
+        raise DataError(f"An autoencoder cannot be trained on {len(auxiliary)} images: one is held out. Give at least 2, better 1,000.")
+    if height % 2**depth or width % 2**depth:
+        raise DataError(f"The sides of images of {height}×{width} pixels must be divisible by 2**depth = {2**depth}. Resize them.")
+
+
+def _split(auxiliary: LabeledImages, validation_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Training and validation images, at least one of each."""
+    order = torch.randperm(len(auxiliary), generator=generator)
+    held_out = min(max(1, round(validation_fraction * len(auxiliary))), len(auxiliary) - 1)
+    return auxiliary[order[held_out:]].images, auxiliary[order[:held_out]].images
+
+
+def _untrained(width: int, depth: int, seed: int) -> Autoencoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
+        return Autoencoder(width, depth)
+
+
+@dataclass(eq=False)
+class _Course:
+    """The course of a training: loss curves, and the weights of the lowest validation error."""
+
+    best: dict[str, Tensor]
+    best_error: float = float("inf")
+    evaluations_since_best: int = 0
+    interrupted: bool = False
+    history: dict[str, list] = field(default_factory=lambda: {"step": [], "training": [], "validation": []})
+
+    def evaluate(self, autoencoder: Autoencoder, step: int, losses: list[Tensor], validation: Tensor) -> None:
+        """Note the mean of the training losses since the last evaluation and the validation error; empties `losses`."""
+        with torch.no_grad():
+            error = nn.functional.mse_loss(autoencoder(validation), validation).item()
+        for name, value in {"step": step, "training": torch.stack(losses).mean().item(), "validation": error}.items():
+            self.history[name].append(value)
+        losses.clear()
+        self.evaluations_since_best += 1
+        if error < self.best_error:
+            self.best, self.best_error, self.evaluations_since_best = copy.deepcopy(autoencoder.state_dict()), error, 0
+
+
+def _fit(autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator) -> _Course:
+    """Train in place, on the GPU if there is one, and end with the weights of the lowest validation error."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autoencoder, training, validation = autoencoder.to(device), training.to(device), validation.to(device)
+    course, losses, step = _Course(copy.deepcopy(autoencoder.state_dict())), [], 0
+    batches = _batches(training, batch_size, generator)
     try:
-        for step, batch in progress(zip(range(1, steps + 1), _batches(training, batch_size, generator)), total=steps, description="autoencoder"):
-            optimizer.zero_grad()
-            loss = nn.functional.mse_loss(autoencoder(batch), batch)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-            if step % _EVALUATE_EVERY and step != steps:
-                continue
-            with torch.no_grad():
-                error = nn.functional.mse_loss(autoencoder(validation), validation).item()
-            for name, value in zip(history, (step, torch.stack(losses).mean().item(), error)):
-                history[name].append(value)
-            losses.clear()
-            waited += 1
-            if error < best_error:
-                best, best_error, waited = copy.deepcopy(autoencoder.state_dict()), error, 0
-            if waited >= patience:
+        for step, loss in enumerate(_losses(autoencoder, batches, steps, learning_rate), start=1):
+            losses.append(loss)
+            if step % _EVALUATE_EVERY == 0 or step == steps:
+                course.evaluate(autoencoder, step, losses, validation)
+            if course.evaluations_since_best >= patience:
                 break
     except KeyboardInterrupt:
-        history["interrupted"] = True
-    autoencoder.load_state_dict(best)
-    return history
+        course.interrupted = True
+        if losses:
+            course.evaluate(autoencoder, step, losses, validation)
+    if step and not math.isfinite(course.best_error):
+        raise GipipError(f"The autoencoder's training diverged: its error is not finite after {step} steps. Use a smaller learning_rate.")
+    autoencoder.load_state_dict(course.best)
+    return course
+
+
+def _losses(autoencoder: Autoencoder, batches: Iterator[Tensor], steps: int, learning_rate: float) -> Iterator[Tensor]:
+    """Take `steps` steps of Adam; gives each one's loss."""
+    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for batch in progress(itertools.islice(batches, steps), total=steps, description="autoencoder", unit="step"):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(autoencoder(batch), batch)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        yield loss.detach()
 
 
 def _batches(images: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -1,0 +1,140 @@
+"""Client models: the references' architectures, seeded weights, and one normalisation layer."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.transforms.functional import normalize
+
+from gipip.data import CIFAR10_MEAN, CIFAR10_STD
+from gipip.errors import ModelError
+from gipip.models import Normalize, build_model, check_client_model, client_model, last_linear, model_fingerprint, trainable
+
+NETWORKS = ["convnet", "lenet", "resnet18"]
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sizes(kind, model):
+    return [module.out_channels for module in model.modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("classes", "size"), [(10, 32), (7, 64)])
+def test_every_network_gives_logits_of_its_classes_for_its_image_size(name, classes, size):
+    assert build_model(name, classes, image_size=size)(torch.rand(2, 3, size, size)).shape == (2, classes)
+
+
+def test_resnet18_has_the_parameters_of_the_references_resnet18():
+    assert parameters(build_model("resnet18")) == 11_173_962
+
+
+def test_resnet18_keeps_the_resolution_in_its_stem():
+    network = build_model("resnet18").network
+    stem = network.maxpool(network.relu(network.bn1(network.conv1(torch.zeros(1, 3, 32, 32)))))
+    assert network.conv1.kernel_size == (3, 3) and network.conv1.stride == (1, 1)
+    assert stem.shape == (1, 64, 32, 32)
+
+
+def test_resnet18_stem_is_initialised_with_kaiming_fan_out():
+    weight = build_model("resnet18").network.conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+
+
+def test_convnet_has_six_convolutions_of_the_references_widths_and_two_pools():
+    model = build_model("convnet")
+    pools = [module.kernel_size for module in model.modules() if isinstance(module, nn.MaxPool2d)]
+    assert sizes(nn.Conv2d, model) == [32, 64, 64, 128, 128, 128] and pools == [3, 3]
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 6
+
+
+def test_lenet_is_the_sigmoid_network_of_dlg():
+    model = build_model("lenet")
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert [(c.out_channels, c.kernel_size, c.stride, c.padding) for c in convolutions] == [
+        (12, (5, 5), (2, 2), (2, 2)),
+        (12, (5, 5), (2, 2), (2, 2)),
+        (12, (5, 5), (1, 1), (2, 2)),
+    ]
+    assert last_linear(model)[1].in_features == 768
+    assert sum(isinstance(module, nn.Sigmoid) for module in model.modules()) == 3
+    assert all(0.4 < float(p.detach().abs().max()) <= 0.5 for p in (model.network[2].weight, last_linear(model)[1].weight))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_new_model_is_in_eval_mode(name):
+    assert not any(module.training for module in build_model(name).modules())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(name):
+    first, again, other = (model_fingerprint(build_model(name, seed=seed)) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_building_a_model_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    build_model("convnet", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones():
+    with pytest.raises(ModelError, match="'vgg'.*convnet, lenet, resnet18.*client_model"):
+        build_model("vgg")
+
+
+def test_the_normalisation_layer_equals_torchvisions_normalize():
+    images = torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(Normalize(CIFAR10_MEAN, CIFAR10_STD)(images), normalize(images, CIFAR10_MEAN, CIFAR10_STD))
+
+
+def test_the_inverse_of_the_normalisation_gives_the_images_back():
+    layer, images = Normalize(CIFAR10_MEAN, CIFAR10_STD), torch.rand(4, 3, 8, 8)
+    torch.testing.assert_close(layer.inverse(layer(images)), images)
+
+
+def test_the_box_is_what_black_and_white_become():
+    layer = Normalize(CIFAR10_MEAN, CIFAR10_STD)
+    black, white = layer(torch.zeros(1, 3, 1, 1))[0], layer(torch.ones(1, 3, 1, 1))[0]
+    torch.testing.assert_close(torch.stack(layer.box), torch.stack([black, white]))
+
+
+def test_an_own_network_receives_normalised_images():
+    own = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model = client_model(own, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    images = torch.rand(5, 3, 2, 2)
+    check_client_model(model)
+    torch.testing.assert_close(model(images), own(normalize(images, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))))
+
+
+def test_a_network_without_normalisation_is_refused_with_the_way_to_wrap_it():
+    with pytest.raises(ModelError, match="Linear.*normalisation layer.*gipip.client_model"):
+        check_client_model(nn.Linear(2, 2))
+
+
+def test_the_fingerprint_sees_a_change_of_one_weight_and_of_one_buffer():
+    model = build_model("convnet")
+    prints = [model_fingerprint(model)]
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+        prints.append(model_fingerprint(model))
+        model.network[1].running_mean[0] += 1
+    assert len({*prints, model_fingerprint(model)}) == 3
+
+
+def test_frozen_parameters_are_not_trainable():
+    model = build_model("lenet")
+    next(model.parameters()).requires_grad_(False)
+    assert len(trainable(model)) == len(list(model.parameters())) - 1
+
+
+def test_the_last_linear_layer_is_the_classifier():
+    model = build_model("resnet18")
+    assert last_linear(model) == ("network.fc", model.network.fc)
+
+
+def test_a_model_without_linear_layer_is_refused_for_label_inference():
+    with pytest.raises(ModelError, match="no linear layer.*labels='given'"):
+        last_linear(nn.Conv2d(3, 3, 1))
