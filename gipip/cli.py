@@ -4,6 +4,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from typer.core import TyperGroup
 
@@ -95,7 +96,8 @@ def attack(
     Writes a picture of both, one above the other, and prints how close they are. Weights tuned on CIFAR-10 are taken where there are any.
     """
     batch = load_images(images, size)
-    client = gipip.build_model(model, max(10, len(batch)), image_size=size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    client = gipip.build_model(model, max(10, len(batch)), image_size=size).to(device)
     inverter = _build_attack(attack, model, len(batch), size, prior, {"seed": seed} | ({"iterations": iterations} if iterations else {}))
     result = inverter(client, gipip.Client(client).share(batch, labels=labels.value))
     metrics = gipip.evaluate(result, batch, model=client).assign(image=[path.name for path in images])
@@ -149,12 +151,12 @@ def data(name: Annotated[str | None, typer.Argument(help="cifar10: download and 
 @app.command()
 def train_prior(
     data: Annotated[str, typer.Option(help="cifar10, or a folder in the layout FOLDER/class/image; half of it stays private.")] = "cifar10",
-    fraction: Annotated[float | None, typer.Option(help="Share of the images used.", show_default="0.038 of CIFAR-10, all of a folder")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the images.", show_default="CIFAR-10: 0.038, folder: all")] = None,
     full: Annotated[bool, typer.Option("--full", help="Draw from the full CIFAR-10, after `gipip data cifar10`.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer if the validation loss stops falling.")] = 6_000,
     width: Annotated[int, typer.Option(min=1, help="Channels of the first layer.")] = 12,
     depth: Annotated[int, typer.Option(min=1, help="Layers that halve the image.")] = 3,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side.", show_default="32 for CIFAR-10, 64 for a folder")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side.", show_default="CIFAR-10: 32, folder: 64")] = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("results/autoencoder.safetensors"),
     seed: Annotated[int, typer.Option(help="Of the auxiliary images, the first weights and the batches.")] = 0,
 ):
