@@ -9,9 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 import gipip
+from gipip import tuning
 from gipip.data import load_images
 from gipip.download import CIFAR10_FILE, cache_folder, download_cifar10
 from gipip.errors import BatchSizeError, DataError, GipipError
+from gipip.experiments import provenance
 from gipip.figures import image_grid, save_figure, use_style
 from gipip.files import DATA
 from gipip.reproduce import run
@@ -172,3 +174,18 @@ def train_prior(
     losses = prior.provenance["history"]["validation"]
     typer.echo(f"Lowest validation loss {min(losses, default=float('nan')):.5f}; offset c {prior.offset:.5f}")
     typer.echo(f"Saved: {prior.save(output)}")
+
+
+@app.command()
+def tune(
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of each attack.")] = 300,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="two, or fewer cores")] = None,
+    prior_file: Annotated[Path | None, typer.Option("--prior", help="Trained autoencoder.", show_default="the one shipped")] = None,
+    store: Annotated[Path, typer.Option(help="Folder of the results; a second run goes on from there.")] = Path("results"),
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("results/tuned.json"),
+):
+    """Choose attack weights on tuning images: hours on two cores, six minutes on a GPU. What ships is data/tuned.json."""
+    prior = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
+    settings, grid = tuning.tune(prior, iterations=iterations, store=store, workers=workers)
+    made = {"command": "gipip tune", "iterations": iterations, "prior": prior.fingerprint, **provenance()}
+    typer.echo(f"Saved: {tuning.write_tuned(output, settings, grid, made)}")

@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -88,9 +88,9 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    auxiliary_pool: LabeledImages
-    tuning_pool: LabeledImages
-    private_pool: LabeledImages
+    auxiliary_pool: LabeledImages = field(repr=False)
+    tuning_pool: LabeledImages = field(repr=False)
+    private_pool: LabeledImages = field(repr=False)
     training_images: int
     default_fraction: float = 1.0
 

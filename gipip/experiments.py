@@ -21,12 +21,12 @@ from torch import Tensor
 
 from gipip.attacks import Attack
 from gipip.data import Dataset, LabeledImages, load_dataset
-from gipip.errors import DamagedFileError, StoreError, SweepError
+from gipip.errors import DamagedFileError, DataError, StoreError, SweepError
 from gipip.federation import Client, SharedUpdate
 from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
-from gipip.metrics import evaluate
+from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference
 from gipip.models import ClientModel, build_model, model_fingerprint
-from gipip.progress import progress
+from gipip.progress import progress, quiet
 
 
 class Scenario(BaseModel):
@@ -115,8 +115,9 @@ class Result:
         """The metrics with arm, scenario, batch and the attack's assumptions in further columns."""
         scenario = self.run.scenario
         columns = {"arm": self.run.arm, "model": scenario.model, "batch_size": scenario.batch_size, "seed": scenario.seed}
-        group = f"{scenario.pool}-{scenario.batch_size}-{scenario.seed}"
+        group = f"{scenario.model}-{scenario.pool}-{scenario.batch_size}-{scenario.seed}"
         details = {"iterations": self.run.attack.iterations, "seconds": self.details["seconds"], "returned": self.details["returned"]}
+        details["machine"] = self.details["made"]["machine"]
         return self.metrics.assign(**columns, batch=group, **details, **self.details["assumptions"])
 
 
@@ -176,6 +177,8 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
         model = run.scenario.client_model().to(device)
         truth = run.scenario.batch()
         reconstruction = run.attack(model, run.scenario.update(model))
+        if reconstruction.interrupted:  # half a result must not be stored as a whole one
+            raise KeyboardInterrupt
         metrics = evaluate(reconstruction, truth, model=model)
     details = {
         "assumptions": reconstruction.assumptions,
@@ -183,7 +186,7 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
         "restart_costs": [cost if cost < float("inf") else None for cost in reconstruction.restart_costs],
         "notes": list(reconstruction.notes),
         "seconds": reconstruction.seconds,
-        "made": _provenance(device),
+        "made": provenance(),
     }
     matched = torch.tensor(metrics["matched"].tolist())
     result = Result(
@@ -204,8 +207,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _provenance(device: str) -> dict:
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, one thread"
+def provenance() -> dict:
+    """The machine that computes here, the versions that matter, and the date."""
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, one thread"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"machine": machine, "versions": versions, "date": datetime.now(UTC).date().isoformat()}
 
@@ -230,9 +234,42 @@ class Results(Sequence):
             if all((result.run.arm if name == "arm" else getattr(result.run.scenario, name)) == value for name, value in wanted.items())
         )
 
+    @property
+    def images(self) -> Float[Tensor, "batch 3 height width"]:
+        """All reconstructions, in [0, 1]."""
+        return torch.cat([result.images for result in self])
+
+    @property
+    def truth(self) -> Float[Tensor, "batch 3 height width"]:
+        """The private images, in the same order."""
+        return torch.cat([result.truth for result in self])
+
     def frame(self) -> pandas.DataFrame:
         """One row an image: arm, scenario, metrics and assumptions."""
         return pandas.concat([result.frame() for result in self], ignore_index=True)
+
+    def table(self, metrics: Sequence[str] = ("psnr", "ssim", "lpips")) -> pandas.DataFrame:
+        """A row for each model, batch size and arm: means with 95 % bootstrap intervals over batches, and what the attack assumes."""
+        rows = []
+        for (model, batch_size, arm), part in self.frame().groupby(["model", "batch_size", "arm"], sort=False):
+            intervals = {name: f"{bootstrap_interval(part[name], groups=part['batch']):.3f}" for name in metrics}
+            about = {name: part[name].iloc[0] for name in ("iterations", "labels", "BatchNorm", "auxiliary data", "machine")}
+            rows.append({"model": model, "batch size": batch_size, "attack": arm, "images": len(part), **intervals, **about})
+        return pandas.DataFrame(rows)
+
+    def effect(self, arm: str, baseline: str, metric: str = "psnr", **where) -> Interval:
+        """Mean of arm − baseline in `metric`, over the images that both arms attacked, with its 95 % bootstrap interval over batches.
+
+        `where` selects scenarios, as `select` does. Raises DataError when the arms share no image.
+        """
+        image = ["model", "batch_size", "batch", "image"]
+        arms = [self.select(arm=name, **where) for name in (arm, baseline)]
+        if not all(arms):
+            raise DataError(f"There is nothing to compare: no results of {arm!r} or of {baseline!r} for {where}.")
+        pairs = arms[0].frame().merge(arms[1].frame(), on=image, suffixes=("", "_baseline"))
+        if pairs.empty:
+            raise DataError(f"{arm!r} and {baseline!r} share no image for {where}. Give both arms the same scenarios.")
+        return paired_difference(pairs[metric], pairs[f"{metric}_baseline"], groups=pairs["batch"])
 
 
 def sweep(
@@ -245,12 +282,14 @@ def sweep(
     """Execute runs side by side; those whose results are in the store are only loaded.
 
     `workers`: processes on this machine, each with one thread (default: two, or the number of cores if that is less). `scheduler`: the
-    address of a running dask.distributed scheduler to use instead; its workers must see the same store folder. Each result is stored as soon as it is there. A failed run does not stop the others; at the end SweepError lists the failures.
+    address of a running dask.distributed scheduler to use instead; its workers must see the same store folder. Each result is stored as soon
+    as it is there. A failed run does not stop the others; at the end SweepError lists the failures.
     """
     runs = list(runs)
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     results = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
     missing = list({run.key(): run for run in runs if results[run.key()] is None}.values())
+    missing.sort(key=lambda run: run.attack.iterations * run.scenario.batch_size, reverse=True)  # so no worker idles at the end
     failures = {}
     if missing:
         with _dask_client(workers, scheduler, len(missing)) as client:
@@ -273,7 +312,8 @@ def _execute_all(client: distributed.Client, runs: list[Run], store: ResultStore
 
 
 def _work(run: Run, store: ResultStore) -> None:
-    execute(run, store)
+    with quiet():  # the sweep shows its own progress
+        execute(run, store)
 
 
 @contextlib.contextmanager
@@ -284,7 +324,7 @@ def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Itera
         return
     workers = min(workers or min(2, os.cpu_count() or 1), runs)
     with (
-        distributed.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0) as cluster,
+        distributed.LocalCluster(workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0) as cluster,
         distributed.Client(cluster) as client,
     ):
         yield client

@@ -1,9 +1,11 @@
 """Progress of long loops: a live bar for a person who watches, plain lines for a log."""
 
+import contextlib
+import contextvars
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import tqdm.auto
 
@@ -22,8 +24,23 @@ def _in_notebook() -> bool:
     return shell is not None and "IPKernelApp" in shell.config
 
 
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress is shown inside, in this thread only: for loops that run inside another one's progress."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
 def progress(iterable: Iterable | None = None, *, total: int | None = None, description: str = "", unit: str = "it") -> tqdm.std.tqdm:
     """A tqdm bar around `iterable`, or one to `update()` (a context manager), on stderr; headless: lines, ten seconds apart."""
+    if _quiet.get():
+        return tqdm.std.tqdm(iterable, total=total, disable=True)
     if headless():  # the delay suppresses tqdm's line at the start
         label = description and f"{description}: "
         return _Lines(iterable, desc=label, total=total, unit=unit, mininterval=10, miniters=1, delay=1e-9, leave=False)

@@ -12,14 +12,14 @@ from gipip.priors import AnomalyScore
 
 TV_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 AS_WEIGHTS = (0.05, 0.2, 1.0, 3.0)
+BATCHES = {"convnet": {1: 8, 4: 4, 8: 4}, "resnet18": {1: 4, 4: 2, 8: 2}}
 
 
 def tune(
     prior: AnomalyScore,
     *,
     dataset: str = "cifar10",
-    models: Iterable[str] = ("convnet", "resnet18"),
-    batches: Mapping[int, int] = {1: 8, 4: 4, 8: 4},  # noqa: B006 (never changed)
+    batches: Mapping[str, Mapping[int, int]] = BATCHES,
     iterations: int = 300,
     tv_weights: Iterable[float] = TV_WEIGHTS,
     as_weights: Iterable[float] = AS_WEIGHTS,
@@ -27,8 +27,8 @@ def tune(
 ) -> tuple[dict, pandas.DataFrame]:
     """The weights of highest mean PSNR on tuning images, and the whole grid.
 
-    `batches`: for each batch size how many batches of tuning images. Inverting Gradients is tried with every λ_TV, GIPIP (c = 0) with
-    every λ_TV × λ_AS. Returns {data set: {model: {batch size: {attack: settings}}}} and a table with a row for each point of the grid.
+    `batches`: for each model and batch size how many batches of tuning images. Inverting Gradients is tried with every λ_TV, GIPIP (c = 0)
+    with every λ_TV × λ_AS. Returns {data set: {model: {batch size: {attack: settings}}}} and a table with a row for each point of the grid.
     `sweep_options`: store, workers, scheduler, as for `sweep`.
     """
     prior = prior.with_offset(0)
@@ -36,8 +36,8 @@ def tune(
     attacks += [GIPIP(prior=prior, tv_weight=tv, as_weight=score, iterations=iterations) for tv in tv_weights for score in as_weights]
     scenarios = [
         Scenario(dataset=dataset, pool="tuning", model=model, batch_size=size, seed=seed)
-        for model in models
-        for size, count in batches.items()
+        for model, counts in batches.items()
+        for size, count in counts.items()
         for seed in range(count)
     ]
     results = sweep([Run(type(attack).__name__, scenario, attack) for scenario in scenarios for attack in attacks], **sweep_options)
@@ -60,7 +60,10 @@ def _best(grid: pandas.DataFrame) -> dict:
     return settings
 
 
-def write_tuned(path: Path | str, settings: dict, grid: pandas.DataFrame, made: dict) -> None:
+def write_tuned(path: Path | str, settings: dict, grid: pandas.DataFrame, made: dict) -> Path:
     """Write what `tune` found, with the whole grid and how it was made, as JSON."""
     content = {"made": made, "settings": settings, "grid": grid.round(4).to_dict("records")}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path

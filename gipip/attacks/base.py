@@ -34,7 +34,8 @@ class Reconstruction:
     `images`: float32 in [0, 1], shape (batch, 3, height, width), on the CPU. `labels`: given, inferred or optimised ones, as
     `assumptions` says. `history`: for each weighted term of the cost its value before every iteration and after the last, shape
     (iterations + 1,); the cost is their sum. `restart_costs`: the attacker-visible cost of each restart's result; the lowest is returned.
-    `returned`: which iterate the images are. `notes`: what went wrong on the way (non-finite costs, interruption).
+    `returned`: which iterate the images are. `interrupted`: whether the user stopped it before its last iteration. `notes`: what went wrong
+    on the way (non-finite costs, interruption).
     """
 
     images: Float[Tensor, "batch 3 height width"]
@@ -45,6 +46,7 @@ class Reconstruction:
     returned: str
     assumptions: dict[str, str]
     seconds: float
+    interrupted: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -94,7 +96,6 @@ class _Attempt:
     best_cost: Tensor
     history: list[dict[str, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    interrupted: bool = False
     stopped: bool = False
 
     @torch.no_grad()
@@ -200,6 +201,7 @@ class Attack(BaseModel):
             returned=returned,
             assumptions=self.assumptions(update),
             seconds=time.perf_counter() - started,
+            interrupted=attempts[-1].stopped,
             notes=tuple(note for attempt in attempts for note in attempt.notes),
         )
 
@@ -231,7 +233,7 @@ class Attack(BaseModel):
                 if iteration % _CHECK_EVERY == 0 and not _finite(attempt):
                     break
                 if watch and (iteration + 1) % watch_every == 0:
-                    watch(iteration + 1, view.images(variables["images"].detach()).float().cpu(), float(attempt.costs()[-1]))
+                    watch(iteration + 1, view.images(variables["images"].detach()).float().cpu(), float(sum(attempt.history[-1].values())))
         except (KeyboardInterrupt, StopIteration):
             attempt.stopped = True
             attempt.notes.append(f"stopped by the user after {len(attempt.history)} of {self.iterations} iterations")
