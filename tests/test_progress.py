@@ -1,10 +1,11 @@
 """Progress: plain lines when nobody watches, a bar when somebody does."""
 
 import sys
+import threading
 
 import pytest
 
-from gipip.progress import headless, progress
+from gipip.progress import headless, progress, quiet
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("1", True), ("yes", True), ("0", False)])
@@ -78,3 +79,22 @@ def test_interactive_progress_is_a_bar(monkeypatch, capsys):
     monkeypatch.setenv("GIPIP_HEADLESS", "0")
     assert list(progress(range(3), description="attack")) == [0, 1, 2]
     assert "100%" in capsys.readouterr().err
+
+
+def test_inside_quiet_nothing_is_shown_and_everything_still_works(no_terminal, capsys):
+    with quiet():
+        assert list(progress(range(3), description="attack")) == [0, 1, 2]
+        with progress(total=2) as bar:
+            bar.set_postfix(cost=1)
+            bar.update()
+    assert capsys.readouterr().err == ""
+    list(progress(range(3)))
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_quiet_holds_for_its_own_thread_only(no_terminal, capsys):
+    with quiet():
+        thread = threading.Thread(target=lambda: list(progress(range(3))))
+        thread.start()
+        thread.join()
+    assert "3/3" in capsys.readouterr().err
