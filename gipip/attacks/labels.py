@@ -20,7 +20,7 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
     the true class's sum is negative. Several images: the bias gradient is b_c = mean(p_c) − n_c/B, so n_c = B·(mean(p_c) − b_c); the
     attacker does not know the mean prediction and takes the model's on uniform noise instead (as in Geng et al. 2021), with BatchNorm in
     the update's mode. On untrained networks with BatchNorm, whose predictions hardly depend on the image, the counts were exact for
-    every batch of up to 8 measured; on the sigmoid LeNet, whose initial weights are large, for four in five batches of 4 and two in five
+    every batch of up to 8 measured; on the sigmoid LeNet, whose initial weights are large, for three in four batches of 4 and one in three
     of 8. Training degrades the estimate.
 
     Raises ModelError for a model without linear layer, LabelError for several images and a last layer without bias.
