@@ -6,6 +6,7 @@
 from gipip.attacks import ATTACKS, DLG, GIPIP, Attack, InvertingGradients, Reconstruction
 from gipip.data import Dataset, LabeledImages, load_dataset
 from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
+from gipip.explorer import explore
 from gipip.federation import Client, SharedUpdate
 from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
 from gipip.models import ClientModel, build_model, client_model
@@ -16,6 +17,6 @@ __version__ = "0.1.0"
 __all__ = [
     "ATTACKS", "AnomalyScore", "Attack", "Autoencoder", "Client", "ClientModel", "DLG", "Dataset", "GIPIP", "Interval",
     "InvertingGradients", "LabeledImages", "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario", "SharedUpdate",
-    "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "load_dataset", "load_prior", "paired_difference", "sweep",
+    "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "explore", "load_dataset", "load_prior", "paired_difference", "sweep",
     "train_autoencoder", "verdict",
 ]  # fmt: skip

@@ -4,7 +4,10 @@ import contextlib
 import functools
 import os
 import platform
+import tempfile
+import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -115,6 +118,7 @@ class Result:
         """The metrics with arm, scenario, batch and the attack's assumptions in further columns."""
         scenario = self.run.scenario
         columns = {"arm": self.run.arm, "model": scenario.model, "batch_size": scenario.batch_size, "seed": scenario.seed}
+        columns["model_seed"] = scenario.model_seed
         group = f"{scenario.model}-{scenario.pool}-{scenario.batch_size}-{scenario.seed}"
         details = {"iterations": self.run.attack.iterations, "seconds": self.details["seconds"], "returned": self.details["returned"]}
         details["machine"] = self.details["made"]["machine"]
@@ -124,16 +128,19 @@ class Result:
 class ResultStore:
     """A folder of results, one safetensors file each, written whole or not at all.
 
-    A damaged file is reported, set aside as `NAME.damaged` and computed again. Raises StoreError when the folder cannot be written.
+    A damaged file is reported, set aside as `KEY.damaged-TIME` and computed again. Raises StoreError when the folder cannot be written.
     """
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        try:
+        self.folder = Path(folder).absolute()  # workers may have been started elsewhere
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".probe-{os.getpid()}.tmp"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StoreError(f"The result store {self.folder} cannot be written ({error}). Give a folder you may write to.") from error
 
@@ -145,7 +152,7 @@ class ResultStore:
         path = self.path(run)
         try:
             tensors, details = read_tensors(path)
-            if details["config"] != run.config():
+            if details.pop("config", None) != run.config():
                 raise DamagedFileError(f"{path} holds the result of another run.")
         except FileNotFoundError:
             return None
@@ -155,14 +162,15 @@ class ResultStore:
             warnings.warn(f"{error} It is set aside as {aside.name} and the run is computed again.", stacklevel=2)
             return None
         history = {name.removeprefix("history/"): value for name, value in tensors.items() if name.startswith("history/")}
-        metrics = pandas.DataFrame(details["metrics"])
+        metrics = pandas.DataFrame(details.pop("metrics"))
         return Result(run, tensors["images"], tensors["truth"], tensors["labels"], history, metrics, details)
 
     def save(self, result: Result) -> None:
         tensors = {"images": result.images, "truth": result.truth, "labels": result.labels}
         tensors |= {f"history/{name}": value for name, value in result.history.items()}
         metrics = result.metrics.to_dict(orient="list")
-        write_tensors(self.path(result.run), tensors, result.details | {"metrics": metrics, "config": result.run.config()})
+        with self._writing():
+            write_tensors(self.path(result.run), tensors, result.details | {"metrics": metrics, "config": result.run.config()})
 
 
 def execute(run: Run, store: ResultStore | None = None) -> Result:
@@ -173,13 +181,13 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
     if store and (result := store.load(run)):
         return result
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _one_thread():
+    with _alone_on_one_thread():
         model = run.scenario.client_model().to(device)
         truth = run.scenario.batch()
         reconstruction = run.attack(model, run.scenario.update(model))
         if reconstruction.interrupted:  # half a result must not be stored as a whole one
             raise KeyboardInterrupt
-        metrics = evaluate(reconstruction, truth, model=model)
+        metrics = pandas.DataFrame(evaluate(reconstruction, truth, model=model).to_dict(orient="list"))  # in float64, as when loaded
     details = {
         "assumptions": reconstruction.assumptions,
         "returned": reconstruction.returned,
@@ -197,14 +205,19 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
     return result
 
 
+_executing = threading.Lock()
+
+
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _alone_on_one_thread() -> Iterator[None]:
+    """One run at a time in a process: the number of threads and the generator that models are drawn from are global."""
+    with _executing:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def provenance() -> dict:
@@ -245,28 +258,34 @@ class Results(Sequence):
         return torch.cat([result.truth for result in self])
 
     def frame(self) -> pandas.DataFrame:
-        """One row an image: arm, scenario, metrics and assumptions."""
+        """One row an image: arm, scenario, metrics and assumptions. Raises DataError when there are no results."""
+        if not self:
+            raise DataError("There are no results to make a table of. Look at what was selected, or at the list of runs.")
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
     def table(self, metrics: Sequence[str] = ("psnr", "ssim", "lpips")) -> pandas.DataFrame:
-        """A row for each model, batch size and arm: means with 95 % bootstrap intervals over batches, and what the attack assumes."""
+        """A row for each model, batch size, arm and assumptions: means with 95 % bootstrap intervals over batches."""
+        assumptions = ["iterations", "labels", "BatchNorm", "auxiliary data", "machine"]
         rows = []
-        for (model, batch_size, arm), part in self.frame().groupby(["model", "batch_size", "arm"], sort=False):
+        for (model, batch_size, arm, *about), part in self.frame().groupby(["model", "batch_size", "arm", *assumptions], sort=False):
             intervals = {name: f"{bootstrap_interval(part[name], groups=part['batch']):.3f}" for name in metrics}
-            about = {name: part[name].iloc[0] for name in ("iterations", "labels", "BatchNorm", "auxiliary data", "machine")}
+            about = dict(zip(assumptions, about, strict=True))
             rows.append({"model": model, "batch size": batch_size, "attack": arm, "images": len(part), **intervals, **about})
         return pandas.DataFrame(rows)
 
     def effect(self, arm: str, baseline: str, metric: str = "psnr", **where) -> Interval:
         """Mean of arm − baseline in `metric`, over the images that both arms attacked, with its 95 % bootstrap interval over batches.
 
-        `where` selects scenarios, as `select` does. Raises DataError when the arms share no image.
+        `where` selects scenarios, as `select` does. Raises DataError when the arms share no image, or an arm attacked one twice.
         """
-        image = ["model", "batch_size", "batch", "image"]
+        image = ["model", "model_seed", "batch_size", "batch", "image"]
         arms = [self.select(arm=name, **where) for name in (arm, baseline)]
         if not all(arms):
             raise DataError(f"There is nothing to compare: no results of {arm!r} or of {baseline!r} for {where}.")
-        pairs = arms[0].frame().merge(arms[1].frame(), on=image, suffixes=("", "_baseline"))
+        frames = [results.frame() for results in arms]
+        if any(frame.duplicated(image).any() for frame in frames):
+            raise DataError(f"{arm!r} or {baseline!r} has several results for one image: name a scenario's field too, e.g. mode='eval'.")
+        pairs = frames[0].merge(frames[1], on=image, suffixes=("", "_baseline"))
         if pairs.empty:
             raise DataError(f"{arm!r} and {baseline!r} share no image for {where}. Give both arms the same scenarios.")
         return paired_difference(pairs[metric], pairs[f"{metric}_baseline"], groups=pairs["batch"])
@@ -282,31 +301,37 @@ def sweep(
     """Execute runs side by side; those whose results are in the store are only loaded.
 
     `workers`: processes on this machine, each with one thread (default: two, or the number of cores if that is less). `scheduler`: the
-    address of a running dask.distributed scheduler to use instead; its workers must see the same store folder. Each result is stored as soon
-    as it is there. A failed run does not stop the others; at the end SweepError lists the failures.
+    address of a running dask.distributed scheduler to use instead; its workers must see the same store folder and work best with one thread
+    each. Each result is stored as soon as it is there.
+
+    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused before anything is computed. A run that fails
+    does not stop the others; at the end SweepError lists the failures.
     """
     runs = list(runs)
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     results = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
     missing = list({run.key(): run for run in runs if results[run.key()] is None}.values())
     missing.sort(key=lambda run: run.attack.iterations * run.scenario.batch_size, reverse=True)  # so no worker idles at the end
-    failures = {}
+    failures = []
     if missing:
         with _dask_client(workers, scheduler, len(missing)) as client:
             failures = _execute_all(client, missing, store)
     if failures:
-        listing = "\n".join(f"- {run.arm} on {run.scenario}: {error!r}" for run, error in failures.items())
+        listing = "\n".join(f"- {run.arm} on {run.scenario}: {error!r}" for run, error in failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; the other results are stored in {store.folder}:\n{listing}")
-    return Results(store.load(run) for run in runs)
+    found = [store.load(run) for run in runs]
+    if None in found:
+        raise StoreError(f"{found.count(None)} results are not in {store.folder}. The workers must see this folder, under the same path.")
+    return Results(found)
 
 
-def _execute_all(client: distributed.Client, runs: list[Run], store: ResultStore) -> dict[Run, BaseException]:
+def _execute_all(client: distributed.Client, runs: list[Run], store: ResultStore) -> list[tuple[Run, BaseException]]:
     """Run everything on the cluster; gives the runs that failed and their errors."""
-    futures = {client.submit(_work, run, store, key=f"{run.arm}-{run.key()}", pure=False): run for run in runs}
-    failures = {}
+    futures = {client.submit(_work, run, store, key=f"{run.arm}-{uuid.uuid4().hex}"): run for run in runs}
+    failures = []
     for future in progress(distributed.as_completed(futures), total=len(futures), description="attacks", unit="run"):
         if future.status != "finished":
-            failures[futures[future]] = future.exception()
+            failures.append((futures[future], future.exception()))
         future.release()
     return failures
 

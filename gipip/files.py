@@ -70,7 +70,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise DamagedFileError(f"{path} cannot be read as a safetensors file ({error}). Delete it and make or download it again.") from error
+        raise DamagedFileError(f"{path} is no readable safetensors file ({error}). Delete it and make or download it again.") from error
     if "sha256" not in header or "metadata" not in header:
         raise DamagedFileError(f"{path} was not written by gipip: it has no checksum. Expected a file from gipip's write_tensors.")
     if fingerprint(tensors, header["metadata"]) != header["sha256"]:

@@ -1,7 +1,7 @@
 """Attack weights chosen on tuning images, with the same grid of λ_TV for every arm, and shipped as `data/tuned.json`."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas
@@ -21,8 +21,8 @@ def tune(
     dataset: str = "cifar10",
     batches: Mapping[str, Mapping[int, int]] = BATCHES,
     iterations: int = 300,
-    tv_weights: Iterable[float] = TV_WEIGHTS,
-    as_weights: Iterable[float] = AS_WEIGHTS,
+    tv_weights: Sequence[float] = TV_WEIGHTS,
+    as_weights: Sequence[float] = AS_WEIGHTS,
     **sweep_options,
 ) -> tuple[dict, pandas.DataFrame]:
     """The weights of highest mean PSNR on tuning images, and the whole grid.
@@ -62,7 +62,7 @@ def _best(grid: pandas.DataFrame) -> dict:
 
 def write_tuned(path: Path | str, settings: dict, grid: pandas.DataFrame, made: dict) -> Path:
     """Write what `tune` found, with the whole grid and how it was made, as JSON."""
-    content = {"made": made, "settings": settings, "grid": grid.round(4).to_dict("records")}
+    content = {"made": made, "settings": settings, "grid": grid.round({"psnr": 4, "ssim": 4, "lpips": 4}).to_dict("records")}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
