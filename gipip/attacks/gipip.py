@@ -1,4 +1,4 @@
-"""GI-PIP (Fang et al., ICASSP 2024): Inverting Gradients with the anomaly score of an autoencoder as a further term."""
+"""GI-PIP (Sun et al., ICASSP 2024): Inverting Gradients with the anomaly score of an autoencoder as a further term."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ from gipip.priors import AnomalyScore
 
 
 class GIPIP(InvertingGradients):
-    """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x) + λ_AS·AS(x) (GI-PIP, eq. 4).
+    """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x) + λ_AS·AS(x) (Sun et al. 2024).
 
     `prior`: the attacker's anomaly score. `as_weight`: λ_AS. `score_per`: "image" scores each image and takes the mean; "batch" scores
     the mean error of the whole batch, as the reference does.

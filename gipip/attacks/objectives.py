@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def cosine_distance(gradients: Sequence[Tensor], target: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """1 − cos(g, g*), one angle over all parameters concatenated (Geiping et al. 2020, eq. 4; GI-PIP, eq. 1); in [0, 2]."""
+    """1 − cos(g, g*), one angle over all parameters concatenated (Geiping et al. 2020, eq. 4); in [0, 2]."""
     product = sum((a * b).sum() for a, b in zip(gradients, target, strict=True))
     norm = sum(a.square().sum() for a in gradients).sqrt()
     target_norm = sum(b.square().sum() for b in target).sqrt()

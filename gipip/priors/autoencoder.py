@@ -41,7 +41,7 @@ class Autoencoder(nn.Module):
 
 
 class AnomalyScore(nn.Module):
-    """AS(x) = |MSE(x, AE(x)) − c| (GI-PIP, eq. 3): how far an image's reconstruction error is from that of natural images.
+    """AS(x) = |MSE(x, AE(x)) − c| (Sun et al. 2024): how far an image's reconstruction error is from that of natural images.
 
     `offset` is c. `provenance` says how the autoencoder was trained (data, settings, losses) and travels with the weights.
     """
