@@ -150,8 +150,8 @@ def load_dataset(
     """A data set by name.
 
     "cifar10": the embedded sample, offline (1,900 auxiliary, 200 tuning, 256 private images); with `full=True` all 60,000, after
-    `gipip data cifar10`. "folder": any folder in the layout root/class/image, at size × size pixels (64 if not given); see `_folder`
-    for `auxiliary_root` and the further options. Raises `DataError` for an unknown name, unsuitable options or missing images.
+    `gipip data cifar10`. "folder": any folder in the layout root/class/image, at size × size pixels (64 if not given): the shorter
+    side is scaled to 9/8 of it (72 for 64), then the centre is cropped. See `_folder` for `auxiliary_root` and the further options. Raises `DataError` for an unknown name, unsuitable options or missing images.
     """
     if name == "cifar10":
         if root or auxiliary_root or folder_options or size not in (None, 32):
@@ -172,7 +172,7 @@ def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
     pixels = []
     for path in map(Path, paths):
         try:
-            pixels.append(_decode(path, size))
+            pixels.append(_decode(path, size, size))
         except Exception as error:  # decoders raise nearly anything on damaged files
             raise DataError(f"{path} cannot be read as an image ({error}). Expected a picture, such as a JPEG or PNG file.") from error
     return LabeledImages(torch.stack(pixels), torch.arange(len(pixels)))
@@ -284,7 +284,7 @@ def _read_folder(root: Path, size: int) -> tuple[tuple[str, ...], LabeledImages,
     many = len(paths) >= 2000
     for row, path in enumerate(progress(paths, description=f"Reading {root.name}", unit="image") if many else paths):
         try:
-            pixels[row] = _decode(path, size)
+            pixels[row] = _decode(path, size, round(size * 72 / 64))
             readable.append(row)
         except Exception as error:  # decoders raise nearly anything on damaged files; each is reported below
             unreadable.append(f"{path.relative_to(root)} ({type(error).__name__})")
@@ -308,13 +308,13 @@ def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
     return tuple(classes), list(paths), list(labels)
 
 
-def _decode(path: Path, size: int) -> UInt8[Tensor, "3 size size"]:
-    """Upright RGB: shorter side to 9/8 of `size` (72 for 64), centre crop. An image of size × size already is taken as it is."""
+def _decode(path: Path, size: int, shorter_side: int) -> UInt8[Tensor, "3 size size"]:
+    """Upright RGB: scaled to `shorter_side` pixels, then centre-cropped. An image of size × size already is taken as it is."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow wants this step between a palette with transparency and RGB
         image = image.convert("RGB")
     if image.size != (size, size):
-        image = functional.center_crop(functional.resize(image, round(size * 72 / 64)), size)
+        image = functional.center_crop(functional.resize(image, shorter_side), size)
     return functional.pil_to_tensor(image)

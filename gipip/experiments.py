@@ -304,8 +304,8 @@ def sweep(
     address of a running dask.distributed scheduler to use instead; its workers must see the same store folder and work best with one thread
     each. Each result is stored as soon as it is there.
 
-    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused before anything is computed. A failed run does
-    not stop the others; at the end SweepError lists the failures.
+    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused before anything is computed. A run that
+    fails does not stop the others; at the end SweepError lists the failures.
     """
     runs = list(runs)
     store = store if isinstance(store, ResultStore) else ResultStore(store)
