@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATTACKS", "AnomalyScore", "Attack", "Autoencoder", "Client", "ClientModel", "DLG", "Dataset", "GIPIP", "Interval",
-    "InvertingGradients", "LabeledImages", "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario", "SharedUpdate",
-    "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "explore", "load_dataset", "load_prior", "paired_difference", "sweep",
-    "train_autoencoder", "verdict",
+    "InvertingGradients", "LabeledImages", "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario",
+    "SharedUpdate", "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "explore", "load_dataset",
+    "load_prior", "paired_difference", "sweep", "train_autoencoder", "verdict",
 ]  # fmt: skip

@@ -151,7 +151,8 @@ def load_dataset(
 
     "cifar10": the embedded sample, offline (1,900 auxiliary, 200 tuning, 256 private images); with `full=True` all 60,000, after
     `gipip data cifar10`. "folder": any folder in the layout root/class/image, at size × size pixels (64 if not given): the shorter
-    side is scaled to 9/8 of it (72 for 64), then the centre is cropped. See `_folder` for `auxiliary_root` and the further options. Raises `DataError` for an unknown name, unsuitable options or missing images.
+    side is scaled to 9/8 of it (72 for 64), then the centre is cropped. See `_folder` for `auxiliary_root` and the further options.
+    Raises `DataError` for an unknown name, unsuitable options or missing images.
     """
     if name == "cifar10":
         if root or auxiliary_root or folder_options or size not in (None, 32):

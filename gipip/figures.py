@@ -138,7 +138,8 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor] | Tensor], width: f
             if term in history:
                 values = history[term].detach().cpu().numpy()
                 axes.plot(range(1, len(values) + 1), values, label=arm, color=colors[arm])
-        axes.set(title=term, xlabel="evaluation", xscale="log", yscale="log" if axes.dataLim.y1 > 0 else "linear")  # a term of weight 0 is all 0
+        scale = "log" if axes.dataLim.y1 > 0 else "linear"  # a term of weight 0 is all 0
+        axes.set(title=term, xlabel="evaluation", xscale="log", yscale=scale)
     grid[0, 0].set_ylabel("weighted cost")
     handles = {label: line for axes in grid[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
