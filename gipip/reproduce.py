@@ -165,7 +165,7 @@ def _with_parameters(source: Path, target: Path, parameters: dict) -> None:
 
 
 def _normalised(source: Path, target: Path) -> None:
-    """Execute without timings, widget state, random cell ids or versions."""
+    """Execute and keep neither timings, progress, widget state, random cell ids nor versions."""
     notebook = nbformat.read(source, as_version=4)
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index:02d}"
@@ -178,6 +178,8 @@ def _normalised(source: Path, target: Path) -> None:
             for index, cell in enumerate(notebook.cells):
                 client.execute_cell(cell, index)
     finally:
+        for cell in notebook.cells:  # progress goes to stderr, and tells how long things took
+            cell.update({"outputs": [output for output in cell.outputs if output.get("name") != "stderr"]} if "outputs" in cell else {})
         notebook.metadata["language_info"] = {"name": "python"}
         notebook.metadata.pop("widgets", None)
         nbformat.write(notebook, target)
