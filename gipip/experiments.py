@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import platform
 import tempfile
@@ -161,7 +162,7 @@ class ResultStore:
             path.rename(aside)
             warnings.warn(f"{error} It is set aside as {aside.name} and the run is computed again.", stacklevel=2)
             return None
-        history = {name.removeprefix("history/"): value for name, value in tensors.items() if name.startswith("history/")}
+        history = {name.removeprefix("history/"): value for name, value in sorted(tensors.items()) if name.startswith("history/")}
         metrics = pandas.DataFrame(details.pop("metrics"))
         return Result(run, tensors["images"], tensors["truth"], tensors["labels"], history, metrics, details)
 
@@ -187,19 +188,19 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
         reconstruction = run.attack(model, run.scenario.update(model))
         if reconstruction.interrupted:  # half a result must not be stored as a whole one
             raise KeyboardInterrupt
-        metrics = pandas.DataFrame(evaluate(reconstruction, truth, model=model).to_dict(orient="list"))  # in float64, as when loaded
+        metrics = evaluate(reconstruction, truth, model=model).to_dict(orient="list")
     details = {
         "assumptions": reconstruction.assumptions,
         "returned": reconstruction.returned,
         "restart_costs": [cost if cost < float("inf") else None for cost in reconstruction.restart_costs],
-        "notes": list(reconstruction.notes),
+        "notes": reconstruction.notes,
         "seconds": reconstruction.seconds,
         "made": provenance(),
     }
-    matched = torch.tensor(metrics["matched"].tolist())
-    result = Result(
-        run, reconstruction.images[matched], truth.images, reconstruction.labels[matched], reconstruction.history, metrics, details
-    )
+    metrics, details = json.loads(canonical_json([metrics, details]))  # these and the history as they come back from the store
+    history = dict(sorted(reconstruction.history.items()))
+    images, labels = reconstruction.images[metrics["matched"]], reconstruction.labels[metrics["matched"]]
+    result = Result(run, images, truth.images, labels, history, pandas.DataFrame(metrics), details)
     if store:
         store.save(result)
     return result
@@ -349,7 +350,7 @@ def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Itera
         return
     workers = min(workers or min(2, os.cpu_count() or 1), runs)
     with (
-        distributed.LocalCluster(workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0) as cluster,
+        distributed.LocalCluster(workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", memory_limit=0) as cluster,
         distributed.Client(cluster) as client,
     ):
         yield client

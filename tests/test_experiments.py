@@ -1,0 +1,553 @@
+"""Scenarios and their keys, the store, single runs, sweeps and what becomes of them when something dies, and the tables of results."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed
+import numpy as np
+import pandas
+import psutil
+import pydantic
+import pytest
+import torch
+
+from gipip import experiments
+from gipip.attacks import DLG, GIPIP, InvertingGradients
+from gipip.errors import BatchSizeError, DataError, ModelError, StoreError, SweepError
+from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
+from gipip.files import read_tensors, write_tensors
+from gipip.metrics import paired_difference
+from gipip.priors import AnomalyScore, Autoencoder, load_prior
+
+LENET, SHORT = Scenario(model="lenet"), InvertingGradients(iterations=3)
+
+
+class FailsForSeed(InvertingGradients):
+    """An attack that finds no way to attack with one of its seeds."""
+
+    failing: int
+
+    def variables(self, view):
+        if self.seed == self.failing:
+            raise ArithmeticError(f"no luck with seed {self.seed}")
+        return super().variables(view)
+
+
+class DiesOnce(InvertingGradients):
+    """An attack whose process is killed the first time, as by a kernel that ran out of memory."""
+
+    marker: str
+
+    def project(self, view, variables):
+        super().project(view, variables)
+        if not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class IsInterrupted(InvertingGradients):
+    """An attack during which the user presses Ctrl-C, in its third iteration."""
+
+    def project(self, view, variables):
+        super().project(view, variables)
+        if len(presses) == 2:
+            raise KeyboardInterrupt
+        presses.append("not yet")
+
+
+presses: list[str] = []
+
+
+def twelve_runs():
+    """About half a second each."""
+    return [Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=80)) for seed in range(12)]
+
+
+@pytest.fixture(scope="module")
+def prior():
+    return load_prior()
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """The address of a scheduler with two single-threaded worker processes, as a sweep starts it."""
+    with experiments._dask_client(workers=2, scheduler=None, runs=2) as client:
+        yield client.scheduler.address
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """Starting workers is an error here."""
+    monkeypatch.setattr(distributed, "LocalCluster", None)
+    monkeypatch.setattr(distributed, "Client", None)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ResultStore(tmp_path / "store")
+
+
+@pytest.fixture(scope="module")
+def result():
+    return execute(Run("IG", LENET, SHORT))
+
+
+def made_up(arm, psnr, *, attack=SHORT, about=(), **scenario):
+    """A result with the given PSNR of each image, and nothing else of interest."""
+    count = len(psnr)
+    run = Run(arm, Scenario(batch_size=count, **scenario), attack)
+    metrics = pandas.DataFrame({"image": range(count), "matched": range(count), "psnr": psnr, "ssim": 0.5, "lpips": 0.1})
+    assumptions = {"labels": "given", "BatchNorm": "eval mode", "auxiliary data": "none"} | dict(about)
+    details = {"assumptions": assumptions, "returned": "last iterate", "seconds": 1.5, "made": {"machine": "a CPU"}}
+    images, labels = torch.rand(count, 3, 8, 8), torch.arange(count)
+    return Result(run, images, images, labels, {"cost": torch.ones(4)}, metrics, details)
+
+
+def same(a, b):
+    """Whether two results are the same bit for bit, but for how long they took."""
+    tensors = [[r.images, r.truth, r.labels, *r.history.values()] for r in (a, b)]
+    details = [{name: value for name, value in r.details.items() if name != "seconds"} for r in (a, b)]
+    equal = all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(*tensors, strict=True))
+    return equal and list(a.history) == list(b.history) and details[0] == details[1] and a.metrics.equals(b.metrics)
+
+
+def result_files(store):
+    return sorted(store.folder.glob("*.safetensors"))
+
+
+def modified(paths):
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+# Scenario and Run --------------------------------------------------------------------------------------------------------------------
+
+
+def test_scenarios_and_runs_are_frozen_and_refuse_unknown_fields():
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        LENET.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Run("IG", LENET, SHORT).arm = "other"
+    with pytest.raises(pydantic.ValidationError, match="batchsize"):
+        Scenario(batchsize=4)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"pool": "auxiliary"}, {"mode": "training"}, {"labels": "stolen"}])
+def test_a_scenario_out_of_range_is_refused_at_once(wrong):
+    with pytest.raises(pydantic.ValidationError):
+        Scenario(**wrong)
+
+
+def test_a_scenario_survives_json():
+    scenario = Scenario(pool="tuning", model="resnet18", batch_size=4, seed=7, mode="train", labels="withheld", distinct_labels=False)
+    assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
+
+
+def test_a_runs_configuration_is_json_that_rebuilds_scenario_and_attack():
+    run = Run("any name", LENET, InvertingGradients(tv_weight=0.1, seed=3))
+    config = json.loads(json.dumps(run.config()))
+    assert Scenario(**config["scenario"]) == run.scenario
+    assert config["attack"].pop("name") == "InvertingGradients" and InvertingGradients(**config["attack"]) == run.attack
+
+
+def test_a_scenario_gives_the_pools_images_and_the_seeds_weights():
+    batches = {pool: Scenario(pool=pool, seed=2).batch().fingerprint for pool in ("private", "tuning")}
+    data = experiments._dataset("cifar10")
+    assert batches == {"private": data.private(seed=2).fingerprint, "tuning": data.tuning(seed=2).fingerprint}
+    first, again, other = (Scenario(model="lenet", model_seed=seed).client_model().state_dict() for seed in (0, 0, 1))
+    name = "network.0.weight"
+    assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+
+
+# Keys --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_equal_content_has_one_key_whatever_the_arms_name(prior):
+    runs = [Run(arm, Scenario(), GIPIP(prior=prior.with_offset(0))) for arm in ("GI-PIP", "ours")]
+    runs.append(Run("in full", Scenario(dataset="cifar10", seed=0), GIPIP(prior=load_prior().with_offset(0), as_weight=0.2, restarts=1)))
+    assert len({run.key() for run in runs}) == 1
+
+
+def test_every_field_of_the_scenario_changes_the_key():
+    changes = [{}, {"pool": "tuning"}, {"model": "lenet"}, {"model_seed": 1}, {"batch_size": 2}, {"seed": 1}]
+    changes += [{"distinct_labels": False}, {"mode": "train"}, {"labels": "withheld"}]
+    assert {name for change in changes for name in change} | {"dataset"} == set(Scenario.model_fields)
+    assert len({Run("IG", Scenario(**change), SHORT).key() for change in changes}) == len(changes)
+
+
+def test_every_field_of_the_attack_changes_the_key(prior):
+    other = {"iterations": 7, "restarts": 2, "seed": 1, "returns": "lowest_cost", "tv_weight": 0.5, "learning_rate": 0.2}
+    other |= {"schedule": "steps", "signed": False, "prior": prior.with_offset(0.5), "as_weight": 0.7, "score_per": "batch"}
+    assert other.keys() == GIPIP.model_fields.keys()
+    attacks = [GIPIP(prior=prior), *(GIPIP(**{"prior": prior, name: value}) for name, value in other.items())]
+    attacks += [InvertingGradients(), DLG()]
+    assert len({Run("an arm", LENET, attack).key() for attack in attacks}) == len(attacks)
+
+
+def test_other_weights_of_the_prior_or_another_offset_change_the_key_and_another_provenance_does_not():
+    torch.manual_seed(0)
+    score = AnomalyScore(Autoencoder(), 0.1, {"images": 10})
+    priors = [score, AnomalyScore(score.autoencoder, 0.1, {"images": 99}), score.with_offset(0.2), AnomalyScore(Autoencoder(), 0.1)]
+    keys = [Run("GI-PIP", LENET, GIPIP(prior=each)).key() for each in priors]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_keys_are_the_same_in_another_process(prior):
+    runs = [Run("a", LENET, SHORT), Run("b", Scenario(batch_size=2, labels="withheld"), GIPIP(prior=prior, as_weight=0.1))]
+    code = """from gipip import *
+from gipip.priors import load_prior
+print(Run("c", Scenario(model="lenet"), InvertingGradients(iterations=3)).key())
+print(Run("d", Scenario(batch_size=2, labels="withheld"), GIPIP(prior=load_prior(), as_weight=0.1)).key())"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == [run.key() for run in runs]
+
+
+# The store ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_comes_back_from_the_store_bit_for_bit(store, result):
+    store.save(result)
+    loaded = store.load(result.run)
+    assert same(loaded, result) and loaded.details == result.details
+    assert loaded.frame().equals(result.frame())
+
+
+def test_a_run_that_was_not_executed_has_no_result(store):
+    assert store.load(Run("IG", LENET, SHORT)) is None
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def alter(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_another_runs(path):
+    store = ResultStore(path.parent / "other")
+    other = execute(Run("IG", Scenario(model="lenet", seed=1), SHORT), store)
+    path.write_bytes(store.path(other.run).read_bytes())
+
+
+def replace_by_weights(path):
+    write_tensors(path, {"layer.weight": torch.ones(2)}, {"what": "no result"})
+
+
+@pytest.mark.parametrize("damage", [cut, alter, replace_by_another_runs, replace_by_weights])
+def test_a_damaged_result_is_reported_set_aside_and_computed_again(store, result, damage):
+    store.save(result)
+    path = store.path(result.run)
+    damage(path)
+    damaged = path.read_bytes()
+    with pytest.warns(UserWarning, match=f"{path.name}.*set aside as {path.stem}.damaged-.*computed again"):
+        assert store.load(result.run) is None
+    assert not path.exists() and [aside.read_bytes() for aside in store.folder.glob("*.damaged-*")] == [damaged]
+    assert same(execute(result.run, store), result)
+    assert same(store.load(result.run), result)
+
+
+def test_temporary_files_of_a_crashed_writer_are_never_read(store, result):
+    path = store.path(result.run)
+    store.save(result)
+    path.rename(path.with_name(f".{path.name}.abc123.tmp"))
+    assert store.load(result.run) is None
+    assert not list(store.folder.glob("*.damaged-*"))
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StoreError, match="cannot be written.*Give a folder you may write to"):
+            sweep([Run("IG", LENET, SHORT)], store=folder)
+
+
+def test_a_disk_that_is_full_when_the_result_is_saved_is_a_store_error(store, result, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.save(result)
+    assert not list(store.folder.iterdir())
+
+
+def test_making_a_store_leaves_nothing_in_the_folder(store):
+    assert not list(store.folder.iterdir())
+
+
+# A single run ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_holds_images_aligned_to_the_truth_metrics_history_and_provenance(result):
+    assert result.images.shape == result.truth.shape == (1, 3, 32, 32)
+    assert torch.equal(result.truth, LENET.batch().images) and torch.equal(result.labels, LENET.batch().labels)
+    assert {name: len(values) for name, values in result.history.items()} == {"gradient matching": 4, "total variation": 4}
+    assert {"psnr", "ssim", "lpips", "feature_mse"} <= set(result.metrics)
+    assert result.details["made"]["versions"]["torch"] == torch.__version__
+
+
+def test_reconstructions_are_aligned_to_the_images_they_are_matched_with():
+    result = execute(Run("IG", Scenario(model="lenet", batch_size=4), InvertingGradients(iterations=60)))
+    mse = (result.images - result.truth).square().mean((1, 2, 3))
+    np.testing.assert_allclose(result.metrics["psnr"], -10 * mse.log10(), rtol=1e-4)
+
+
+def test_the_same_run_gives_the_same_bits_again_and_whatever_the_number_of_threads(prior):
+    run = Run("GI-PIP", Scenario(batch_size=2), GIPIP(prior=prior, iterations=2))
+    first = execute(run)
+    torch.set_num_threads(2)
+    try:
+        torch.rand(3)  # nor does the global generator matter
+        assert same(execute(run), first)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_stored_result_is_loaded_and_not_computed(store, result, monkeypatch):
+    store.save(result)
+    monkeypatch.setattr(InvertingGradients, "__call__", None)
+    assert same(execute(result.run, store), result)
+
+
+def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restores_the_threads(store):
+    presses.clear()
+    run = Run("IG", LENET, IsInterrupted(iterations=10))
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            execute(run, store)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert len(presses) == 2 and not list(store.folder.iterdir())
+
+
+# Sweeps ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_gives_the_runs_order_and_the_same_bits_as_single_runs(tmp_path, scheduler, prior):
+    attacks = {"short": SHORT, "GI-PIP": GIPIP(prior=prior, iterations=2), "long": InvertingGradients(iterations=5)}
+    runs = [Run(arm, Scenario(model=model), attack) for model in ("lenet", "convnet") for arm, attack in attacks.items()]
+    results = sweep(runs, store=tmp_path, scheduler=scheduler)
+    assert [result.run for result in results] == runs
+    assert all(same(result, execute(run)) for result, run in zip(results, runs, strict=True))
+
+
+def test_a_sweep_uses_the_given_scheduler_and_computes_duplicates_once(store, scheduler, monkeypatch):
+    monkeypatch.setattr(distributed, "LocalCluster", None)
+    run, other = Run("one name", LENET, SHORT), Run("another", Scenario(model="lenet", seed=1), SHORT)
+    results = sweep([run, other, dataclasses.replace(run, arm="the same"), run], store=store, scheduler=scheduler)
+    assert [result.run.arm for result in results] == ["one name", "another", "the same", "one name"]
+    assert len(result_files(store)) == 2 and torch.equal(results[0].images, results[2].images)
+
+
+def test_a_finished_sweep_is_only_loaded(store, no_cluster):
+    runs = [Run("IG", Scenario(model="lenet", seed=seed), SHORT) for seed in range(3)]
+    for run in runs:
+        execute(run, store)
+    before = modified(result_files(store))
+    assert [result.run for result in sweep(runs, store=str(store.folder))] == runs
+    assert modified(result_files(store)) == before
+
+
+def test_a_sweep_of_nothing_gives_no_results(store, no_cluster):
+    assert len(sweep([], store=store)) == 0
+
+
+def test_a_failing_run_does_not_stop_the_others_and_is_listed_with_its_error(store, scheduler):
+    runs = [Run("unlucky", LENET, FailsForSeed(failing=1, seed=seed, iterations=2)) for seed in range(3)]
+    too_deep = AnomalyScore(Autoencoder(width=1, depth=6))  # halves 32 pixels six times
+    runs.append(Run("too deep", LENET, GIPIP(prior=too_deep, iterations=1)))
+    with pytest.raises(SweepError, match="2 of 4 runs failed; the other results are stored in") as error:
+        sweep(runs, store=store, scheduler=scheduler)
+    assert "- unlucky on dataset='cifar10'" in str(error.value) and "ArithmeticError('no luck with seed 1')" in str(error.value)
+    assert "- too deep on" in str(error.value) and "Kernel size" in str(error.value)
+    assert result_files(store) == sorted(store.path(runs[index]) for index in (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("impossible", "error"),
+    [
+        ({"model": "nope"}, ModelError),
+        ({"dataset": "nope"}, DataError),
+        ({"batch_size": 11}, BatchSizeError),  # eleven images of ten different classes
+    ],
+)
+def test_an_impossible_scenario_is_refused_before_anything_is_computed(store, no_cluster, impossible, error):
+    with pytest.raises(error):
+        sweep([Run("IG", LENET, SHORT), Run("IG", Scenario(**impossible), SHORT)], store=store)
+
+
+def test_the_run_of_a_killed_worker_is_done_again_by_another(store, scheduler, tmp_path):
+    marker = tmp_path / "killed once"
+    runs = [Run("dies", LENET, DiesOnce(iterations=3, marker=str(marker))), *twelve_runs()[:2]]
+    results = sweep(runs, store=store, scheduler=scheduler)
+    assert marker.exists() and len(results) == 3
+    assert torch.equal(results[0].images, execute(Run("IG", LENET, SHORT)).images)
+
+
+def test_workers_that_store_elsewhere_are_noticed(store, monkeypatch):
+    monkeypatch.setattr(ResultStore, "save", lambda store, result: None)
+    with (
+        distributed.LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        pytest.raises(StoreError, match="1 results are not in .*The workers must see this folder"),
+    ):
+        sweep([Run("IG", LENET, SHORT)], store=store, scheduler=cluster.scheduler_address)
+
+
+def test_threads_of_one_worker_do_not_disturb_each_other(store):
+    scenarios = [Scenario(model=model, model_seed=seed) for model in ("lenet", "convnet") for seed in (1, 2)]
+    runs = [Run("IG", scenario, InvertingGradients(iterations=1)) for scenario in scenarios]
+    with distributed.LocalCluster(1, threads_per_worker=4, processes=False, dashboard_address=":0") as cluster:
+        results = sweep(runs, store=store, scheduler=cluster.scheduler_address)
+    assert all(same(result, execute(result.run)) for result in results)
+
+
+# Sweeps that die ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_sweep_process(store):
+    code = "import sys, gipip, test_experiments as t; gipip.sweep(t.twelve_runs(), store=sys.argv[1], workers=2)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", code, str(store.folder)]
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def kill_process(process):
+    process.kill()
+
+
+def press_ctrl_c(process):
+    os.killpg(process.pid, signal.SIGINT)  # a terminal or Jupyter sends it to the workers too
+
+
+def test_a_killed_sweep_leaves_whole_results_and_no_process_and_goes_on_where_it_was(store, scheduler):
+    for end, results in [(kill_process, 3), (press_ctrl_c, 7)]:
+        before = modified(result_files(store))
+        process = start_sweep_process(store)
+        wait_until(lambda process=process, results=results: process.poll() is not None or len(result_files(store)) >= results)
+        family = psutil.Process(process.pid).children(recursive=True)
+        end(process)
+        assert process.wait(timeout=30) != 0 and len(family) >= 2
+        assert not psutil.wait_procs(family, timeout=15)[1], "workers outlive their sweep"
+        assert len(result_files(store)) >= results
+        assert before.items() <= modified(result_files(store)).items()
+        for path in result_files(store):
+            read_tensors(path)
+    before = modified(result_files(store))
+    results = sweep(twelve_runs(), store=store, scheduler=scheduler)
+    assert len(results) == len(result_files(store)) == 12 and before.items() <= modified(result_files(store)).items()
+    assert not list(store.folder.glob("*.damaged-*"))
+
+
+# Results -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results():
+    aware = {"auxiliary data": "1900 images"}
+    return Results(
+        [made_up("IG", [10.0 + seed], seed=seed) for seed in range(3)]
+        + [made_up("GI-PIP", [12.0 + 2 * seed], seed=seed, about=aware.items()) for seed in range(4)]
+        + [made_up("IG", [20.0, 22.0]), made_up("GI-PIP", [19.0, 25.0], about=aware.items())]
+    )
+
+
+def test_results_are_a_sequence_and_a_slice_of_them_are_results(results):
+    assert len(results) == 9 and results[-1].run.arm == "GI-PIP" and [r.run.scenario.seed for r in results[:3]] == [0, 1, 2]
+    assert isinstance(results[:3], Results)
+
+
+def test_select_takes_arms_and_scenario_fields(results):
+    assert [r.run.scenario.seed for r in results.select(arm="GI-PIP", batch_size=1)] == [0, 1, 2, 3]
+    assert len(results.select(seed=0)) == 4 and len(results.select(model="resnet18")) == 0
+    with pytest.raises(AttributeError, match="batchsize"):
+        results.select(batchsize=1)
+
+
+def test_images_and_truth_are_those_of_all_results_in_order(results):
+    assert results.images.shape == results.truth.shape == (11, 3, 8, 8)
+    assert torch.equal(results.images[3], results[3].images[0])
+
+
+def test_the_frame_has_a_row_an_image_with_arm_scenario_and_assumptions(results):
+    frame = results.frame()
+    assert len(frame) == 11 and list(frame["psnr"][:3]) == [10, 11, 12]
+    assert frame.groupby("arm")["auxiliary data"].unique().map(list).to_dict() == {"IG": ["none"], "GI-PIP": ["1900 images"]}
+    expected = {"batch_size": 2, "seed": 0, "model_seed": 0, "image": 1, "labels": "given", "BatchNorm": "eval mode", "machine": "a CPU"}
+    assert expected.items() <= frame.iloc[-1].to_dict().items()
+
+
+def test_the_table_has_a_row_an_arm_and_setting_with_intervals_and_assumptions(results):
+    table = results.table(["psnr"])
+    assert list(zip(table["attack"], table["batch size"], table["images"], strict=True)) == [
+        ("IG", 1, 3), ("GI-PIP", 1, 4), ("IG", 2, 2), ("GI-PIP", 2, 2)
+    ]  # fmt: skip
+    assert table["psnr"][0].startswith("11.000 [") and table["psnr"][2] == "21.000 [nan, nan]"  # one batch has no interval
+    assert list(table["auxiliary data"]) == ["none", "1900 images"] * 2 and set(table["labels"]) == {"given"}
+
+
+def test_the_table_does_not_average_over_different_assumptions():
+    parts = [made_up("IG", [10.0]), made_up("IG", [30.0], mode="train", about={"BatchNorm": "train mode"}.items())]
+    table = Results(parts).table(["psnr"])
+    assert list(table["BatchNorm"]) == ["eval mode", "train mode"] and table["psnr"][1].startswith("30.000")
+
+
+def test_an_effect_is_the_mean_difference_over_the_images_both_arms_attacked(results):
+    effect = results.effect("GI-PIP", "IG", batch_size=1)  # seed 3 was attacked by one arm only
+    assert (effect.mean, effect.count) == (3.0, 3)  # 12 − 10, 14 − 11, 16 − 12
+    assert effect == paired_difference([12, 14, 16], [10, 11, 12])
+
+
+def test_an_effect_counts_batches_and_pairs_images_within_them(results):
+    effect = results.effect("GI-PIP", "IG")
+    assert effect.mean == pytest.approx((2 + 3 + 4 - 1 + 3) / 5) and effect.count == 4
+    assert results.effect("IG", "GI-PIP").mean == pytest.approx(-effect.mean)
+    assert results.effect("GI-PIP", "IG", "ssim").mean == 0
+
+
+def test_an_effect_pairs_the_same_client_weights():
+    psnr = {("IG", 0): 10.0, ("IG", 1): 20.0, ("GI-PIP", 0): 11.0, ("GI-PIP", 1): 23.0}
+    results = Results(made_up(arm, [value], model_seed=seed) for (arm, seed), value in psnr.items())
+    assert results.effect("GI-PIP", "IG").mean == 2
+    assert results.effect("GI-PIP", "IG", model_seed=1).mean == 3
+
+
+def test_an_effect_of_nothing_shared_is_an_error(results):
+    apart = Results([made_up("IG", [10.0], seed=0), made_up("GI-PIP", [12.0], seed=1)])
+    with pytest.raises(DataError, match="'GI-PIP' and 'IG' share no image"):
+        apart.effect("GI-PIP", "IG")
+    with pytest.raises(DataError, match="nothing to compare.*'DLG'"):
+        results.effect("DLG", "IG")
+    with pytest.raises(DataError, match="nothing to compare.*resnet18"):
+        results.effect("GI-PIP", "IG", model="resnet18")
+
+
+def test_an_effect_with_several_results_for_one_image_is_an_error_until_one_is_selected():
+    results = Results(made_up(arm, [10.0], mode=mode) for arm in ("IG", "GI-PIP") for mode in ("eval", "train"))
+    with pytest.raises(DataError, match="several results for one image"):
+        results.effect("GI-PIP", "IG")
+    assert results.effect("GI-PIP", "IG", mode="train").mean == 0
+
+
+def test_a_frame_of_no_results_is_an_error_that_says_so(results):
+    with pytest.raises(DataError, match="There are no results"):
+        results.select(seed=99).frame()
+
+
