@@ -303,7 +303,7 @@ def sweep(
 
     `workers`: processes on this machine, each with one thread (default: two, or the number of cores if that is less). `scheduler`: the
     address of a running dask.distributed scheduler to use instead; its workers must see the same store folder and work best with one thread
-    each. Each result is stored as soon as it is there.
+    each. Each result is stored as soon as it is there. A script must call this under `if __name__ == "__main__":`, as workers import it.
 
     A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused before anything is computed. A run that
     fails does not stop the others; at the end SweepError lists the failures.
@@ -332,7 +332,8 @@ def _execute_all(client: distributed.Client, runs: list[Run], store: ResultStore
     failures = []
     for future in progress(distributed.as_completed(futures), total=len(futures), description="attacks", unit="run"):
         if future.status != "finished":
-            failures.append((futures[future], future.exception()))
+            lost = ConnectionError(f"it was {future.status}: the scheduler cannot be reached any more")
+            failures.append((futures[future], future.exception() if future.status == "error" else lost))
         future.release()
     return failures
 
