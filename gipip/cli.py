@@ -187,5 +187,6 @@ def tune(
     """Choose attack weights on tuning images: hours on two cores, six minutes on a GPU. What ships is data/tuned.json."""
     prior = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
     settings, grid = tuning.tune(prior, iterations=iterations, store=store, workers=workers)
-    made = {"command": "gipip tune", "iterations": iterations, "prior": prior.fingerprint, **provenance()}
+    made = {"command": "gipip tune", "prior": prior.with_offset(0).fingerprint, **provenance(), "iterations": iterations}
+    made |= {"batches": tuning.BATCHES, "criterion": "highest mean PSNR on tuning images"}
     typer.echo(f"Saved: {tuning.write_tuned(output, settings, grid, made)}")
