@@ -8,8 +8,11 @@ READY := $(VENV)/.ready
 unexport JUPYTER_PATH
 export JUPYTER_DATA_DIR := $(CURDIR)/$(VENV)/share/jupyter
 export OMP_NUM_THREADS ?= 1
+# Attacks ask for the same memory again and again: glibc keeps it rather than hand it back to the system each time.
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
-.PHONY: help reproduce test lab smoke notebooks clean
+.PHONY: help reproduce test lab notebooks clean
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
