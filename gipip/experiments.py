@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ from gipip.data import Dataset, LabeledImages, load_dataset
 from gipip.errors import DamagedFileError, DataError, StoreError, SweepError
 from gipip.federation import Client, SharedUpdate
 from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
-from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference
+from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
 from gipip.models import ClientModel, build_model, model_fingerprint
 from gipip.progress import progress, quiet
 
@@ -291,6 +292,19 @@ class Results(Sequence):
         if pairs.empty:
             raise DataError(f"{arm!r} and {baseline!r} share no image for {where}. Give both arms the same scenarios.")
         return paired_difference(pairs[metric], pairs[f"{metric}_baseline"], groups=pairs["batch"])
+
+    def effects(self, questions: Mapping[str, tuple[str, str]], metrics: Sequence[str] = ("psnr", "ssim")) -> pandas.DataFrame:
+        """A row for each model, batch size, question and metric: the `effect` of one arm over another, and the verdict that it is above 0.
+
+        `questions`: {name: (arm, baseline)}.
+        """
+        scenarios = dict.fromkeys((result.run.scenario.model, result.run.scenario.batch_size) for result in self)
+        rows = []
+        for (model, size), (question, arms), metric in itertools.product(scenarios, questions.items(), metrics):
+            effect = self.effect(*arms, metric, model=model, batch_size=size)
+            comparison = f"{model}, B = {size}, {question}"
+            rows.append({"comparison": comparison, "metric": metric, "effect": effect, "verdict": verdict(effect)})
+        return pandas.DataFrame(rows)
 
 
 def sweep(

@@ -66,8 +66,8 @@ presses: list[str] = []
 
 
 def twelve_runs():
-    """About half a second each."""
-    return [Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=80)) for seed in range(12)]
+    """Long enough to be interrupted: about a second each."""
+    return [Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=300)) for seed in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -530,6 +530,14 @@ def test_an_effect_counts_batches_and_pairs_images_within_them(results):
     assert effect.mean == pytest.approx((2 + 3 + 4 - 1 + 3) / 5) and effect.count == 4
     assert results.effect("IG", "GI-PIP").mean == pytest.approx(-effect.mean)
     assert results.effect("GI-PIP", "IG", "ssim").mean == 0
+
+
+def test_effects_answer_each_question_for_each_model_and_batch_size_with_a_verdict(results):
+    table = results.effects({"gain": ("GI-PIP", "IG"), "nothing": ("IG", "IG")}, metrics=["psnr"]).set_index("comparison")
+    assert list(table.index) == [f"lenet, B = {size}, {question}" for size in (1, 2) for question in ("gain", "nothing")]
+    assert table.loc["lenet, B = 1, gain", "effect"] == results.effect("GI-PIP", "IG", batch_size=1)
+    assert table.loc["lenet, B = 2, nothing", "effect"].mean == 0
+    assert set(table["verdict"]) == {"undecided at this scale"}  # three batches at most
 
 
 def test_an_effect_pairs_the_same_client_weights():
