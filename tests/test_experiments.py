@@ -534,9 +534,9 @@ def test_an_effect_counts_batches_and_pairs_images_within_them(results):
 
 def test_effects_answer_each_question_for_each_model_and_batch_size_with_a_verdict(results):
     table = results.effects({"gain": ("GI-PIP", "IG"), "nothing": ("IG", "IG")}, metrics=["psnr"]).set_index("comparison")
-    assert list(table.index) == [f"lenet, B = {size}, {question}" for size in (1, 2) for question in ("gain", "nothing")]
-    assert table.loc["lenet, B = 1, gain", "effect"] == results.effect("GI-PIP", "IG", batch_size=1)
-    assert table.loc["lenet, B = 2, nothing", "effect"].mean == 0
+    assert list(table.index) == [f"convnet, B = {size}, {question}" for size in (1, 2) for question in ("gain", "nothing")]
+    assert table.loc["convnet, B = 1, gain", "effect"] == results.effect("GI-PIP", "IG", batch_size=1)
+    assert table.loc["convnet, B = 2, nothing", "effect"].mean == 0
     assert set(table["verdict"]) == {"undecided at this scale"}  # three batches at most
 
 
