@@ -429,7 +429,8 @@ def start_sweep_process(store):
     code = "import sys, gipip, test_experiments as t; gipip.sweep(t.twelve_runs(), store=sys.argv[1], workers=2)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", code, str(store.folder)]
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    # Started in the background, a test runner ignores Ctrl-C, and would pass that on.
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_until(condition, seconds=120):
