@@ -1,6 +1,7 @@
 """Scenarios and their keys, the store, single runs, sweeps and what becomes of them when something dies, and the tables of results."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -66,8 +67,8 @@ presses: list[str] = []
 
 
 def twelve_runs():
-    """Long enough to be interrupted: about a second each."""
-    return [Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=300)) for seed in range(12)]
+    """Long enough to be interrupted: about half a second each."""
+    return [Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=150)) for seed in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -429,8 +430,8 @@ def start_sweep_process(store):
     code = "import sys, gipip, test_experiments as t; gipip.sweep(t.twelve_runs(), store=sys.argv[1], workers=2)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-c", code, str(store.folder)]
-    # Started in the background, a test runner ignores Ctrl-C, and would pass that on.
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    heed_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which background jobs may not
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=heed_ctrl_c)
 
 
 def wait_until(condition, seconds=120):
