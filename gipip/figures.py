@@ -41,6 +41,7 @@ def use_style() -> None:
         "grid.linewidth": 0.5,
         "lines.linewidth": 1.2,
         "figure.dpi": 110,
+        "figure.constrained_layout.use": True,  # no label is cut off
         "pdf.fonttype": 42,  # TrueType: text stays text
     }
     seaborn.set_theme(context="paper", style="whitegrid", palette="colorblind", rc=rc)
