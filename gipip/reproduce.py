@@ -20,6 +20,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from gipip.claims import collect_claims, write_readme_section
 from gipip.errors import GipipError, ProfileError
 
 _PACKAGE = Path(__file__).parent
@@ -62,8 +63,9 @@ def run(
 
     `only`: numbers ("02") or names ("02_inversion") of those to run; all by default. Executed copies go to `output`, by default
     results/notebooks/PROFILE beside the folder. `in_place` executes the notebooks themselves, unchanged but for their outputs, so that two
-    executions give the same bytes. `report` receives a line a notebook. Raises `ProfileError` before anything runs for an unknown profile,
-    notebook or parameter, and `NotebookError` at the first notebook that fails.
+    executions give the same bytes. In the end the claims that notebooks judged are joined in claims.csv. `report` receives a line for each
+    step. Raises `ProfileError` before anything runs for an unknown profile, notebook or parameter, and `NotebookError` at the first
+    notebook that fails.
     """
     folder = Path(folder or notebooks_folder()).resolve()
     parameters = plan(profile, only, folder)
@@ -81,7 +83,20 @@ def run(
         figures = [path for path in sorted((folder.parent / "figures").rglob("*.png")) if path.stat().st_mtime_ns >= started]
         finished.append(Executed(name, target / f"{name}.ipynb", time.perf_counter() - clock, tuple(figures)))
         report(f"{name}: done in {finished[-1].seconds:.0f} s")
+    _join_claims(profile, parameters, folder, report)
     return finished
+
+
+def _join_claims(profile: str, parameters: dict[str, dict], folder: Path, report: Callable[[str], None]) -> None:
+    """claims.csv in the folder to which the profile sends figures, if it names one; the profile cpu also shows it in README.md."""
+    for figures in sorted({folder / values["figures"] for values in parameters.values() if "figures" in values}):
+        table = collect_claims(figures)
+        if len(table):
+            counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
+            report(f"Claims: {counts}: {(figures / 'claims.csv').resolve()}")
+            readme = folder.parent / "README.md"
+            if profile == "cpu" and write_readme_section(readme, table):
+                report(f"Claims, judged: {readme}")
 
 
 def plan(profile: str, only: Iterable[str] = (), folder: Path | str | None = None) -> dict[str, dict]:

@@ -159,5 +159,35 @@ def test_kernels_are_headless_and_ignore_a_foreign_jupyter_path(folder, monkeypa
     assert printed(result.copy) == "1 None notebooks\n"
 
 
+PLACES = {"smoke": "../figures/smoke", "cpu": "../figures", "paper": "../figures/paper"}
+CLAIM = "claim,compared,metric,images,batches,mean,low,high,verdict\n1 Helps,GIPIP - IG,psnr,24,6,0.5,0.25,0.75,supported\n"
+
+
+@pytest.mark.parametrize(("profile", "joined"), [("smoke", []), ("cpu", ["figures/claims.csv"]), ("paper", ["figures/paper/claims.csv"])])
+def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, profile, joined):
+    settings = {name: {"all": {"figures": place}} if name != "smoke" else {} for name, place in PLACES.items()}
+    (folder / "profiles.yaml").write_text(yaml.safe_dump({"profiles": settings}))
+    cell = f"import pathlib\npathlib.Path(figures).mkdir(parents=True)\npathlib.Path(figures, '01_first_claims.csv').write_text({CLAIM!r})"
+    write(folder, "01_first", cell, parameters=f"figures = {PLACES['smoke']!r}")
+    readme = folder.parent / "README.md"
+    readme.write_text("<!-- claims: written by make reproduce -->\n<!-- end of claims -->\n")
+    said = []
+    run(profile, ["01"], folder=folder, report=said.append)
+    assert [path.relative_to(folder.parent).as_posix() for path in folder.parent.rglob("claims.csv")] == joined
+    assert ("| GIPIP - IG |" in readme.read_text(encoding="utf-8")) == (profile == "cpu")
+    told = [f"Claims: 1 supported: {folder.parent / path}" for path in joined]
+    assert said[2:] == told + [f"Claims, judged: {readme}"] * (profile == "cpu")
+
+
+def test_without_a_readme_beside_the_notebooks_none_is_made(folder):
+    (folder / "profiles.yaml").write_text(yaml.safe_dump({"profiles": {"cpu": {"all": {"figures": "../figures"}}}}))
+    (folder.parent / "figures").mkdir()
+    (folder.parent / "figures" / "02_second_claims.csv").write_text(CLAIM)
+    write(folder, "01_first", parameters="figures = ''")
+    run("cpu", ["01"], folder=folder)
+    assert (folder.parent / "figures" / "claims.csv").read_text() == CLAIM
+    assert not (folder.parent / "README.md").exists()
+
+
 def test_the_notebooks_of_a_checkout_lie_beside_the_package():
     assert (notebooks_folder() / "profiles.yaml").is_file()
