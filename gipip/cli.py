@@ -12,7 +12,7 @@ import gipip
 from gipip import tuning
 from gipip.data import load_images
 from gipip.download import CIFAR10_FILE, cache_folder, download_cifar10
-from gipip.errors import BatchSizeError, DataError, GipipError
+from gipip.errors import DataError, GipipError
 from gipip.experiments import provenance
 from gipip.figures import image_grid, save_figure, use_style
 from gipip.files import DATA
@@ -122,8 +122,8 @@ def _build_attack(name: AttackName, model: str, batch_size: int, size: int, prio
         changes["prior"] = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
         _check_size(changes["prior"], size)
     try:
-        return kind.tuned("cifar10", batch_size, model=model, **changes)
-    except (BatchSizeError, DataError):
+        return kind.tuned(f"cifar10/{model}/B={batch_size}", **changes)
+    except DataError:
         typer.echo(f"No weights were tuned for {model} and {batch_size} images: taking the attack's defaults.")
         return kind(**changes)
 
@@ -178,15 +178,16 @@ def train_prior(
 
 @app.command()
 def tune(
-    iterations: Annotated[int, typer.Option(min=1, help="Iterations of each attack.")] = 300,
+    study: Annotated[str, typer.Argument(help=f"One of {', '.join(tuning.STUDIES)}.")] = "main",
+    iterations: Annotated[int | None, typer.Option(min=1, help="Iterations of each attack.", show_default="the study's")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="two, or fewer cores")] = None,
     prior_file: Annotated[Path | None, typer.Option("--prior", help="Trained autoencoder.", show_default="the one shipped")] = None,
     store: Annotated[Path, typer.Option(help="Folder of the results; a second run goes on from there.")] = Path("results"),
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("results/tuned.json"),
+    output: Annotated[Path, typer.Option(help="File to which the study is added.")] = Path("results/tuned.json"),
 ):
-    """Choose attack weights on tuning images: hours on two cores, six minutes on a GPU. What ships is data/tuned.json."""
+    """Choose attack weights on tuning images: up to hours on two cores, minutes on a GPU. What ships is data/tuned.json."""
     prior = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
-    settings, grid = tuning.tune(prior, iterations=iterations, store=store, workers=workers)
-    made = {"command": "gipip tune", "prior": prior.with_offset(0).fingerprint, **provenance(), "iterations": iterations}
-    made |= {"batches": tuning.BATCHES, "criterion": "highest mean PSNR on tuning images"}
-    typer.echo(f"Saved: {tuning.write_tuned(output, settings, grid, made)}")
+    settings, grid = tuning.tune(tuning.study(study, prior, iterations), store=store, workers=workers)
+    made = {"command": f"gipip tune {study}", "prior": prior.with_offset(0).fingerprint, **provenance()}
+    made |= {"iterations": iterations or "the study's", "criterion": "highest mean PSNR on tuning images"}
+    typer.echo(f"Saved: {tuning.write_tuned(output, study, settings, grid, made)}")

@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -107,6 +107,17 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 of all three pools."""
         return fingerprint({}, " ".join(pool.fingerprint for pool in (self.auxiliary_pool, self.tuning_pool, self.private_pool)))
+
+    def restricted(self, classes: Sequence[int]) -> "Dataset":
+        """The data set with images of these classes only; labels keep their numbers. Raises `DataError` if a pool has none of them."""
+        wanted, pools = torch.tensor(sorted(set(classes))), {}
+        for name in ("auxiliary_pool", "tuning_pool", "private_pool"):
+            pool = getattr(self, name)
+            pools[name] = pool[torch.isin(pool.labels, wanted)]
+            if not len(pools[name]):
+                raise DataError(f"The {name.replace('_', ' ')} of {self.name} holds no image of the classes {list(classes)}.")
+        share = len(pools["auxiliary_pool"]) / len(self.auxiliary_pool)
+        return replace(self, **pools, training_images=round(share * self.training_images))
 
     def auxiliary(self, fraction: float | None = None, seed: int = 0) -> LabeledImages:
         """All that the attacker owns: `fraction` in (0, 1] of the whole training set, each class in proportion.

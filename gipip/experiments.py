@@ -22,45 +22,55 @@ import distributed
 import pandas
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from gipip.attacks import Attack
 from gipip.data import Dataset, LabeledImages, load_dataset
+from gipip.defenses import AnyDefense
 from gipip.errors import DamagedFileError, DataError, StoreError, SweepError
-from gipip.federation import Client, SharedUpdate
+from gipip.federation import Client, FedAvg, SharedUpdate
 from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
 from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
-from gipip.models import ClientModel, build_model, model_fingerprint
+from gipip.models import ClientModel, build_model, load_model, model_fingerprint
 from gipip.progress import progress, quiet
 
 
 class Scenario(BaseModel):
     """One private batch of one client: what is attacked.
 
-    `pool`: "private" for what is reported, "tuning" for choosing weights. `seed`: which batch of the pool. `model_seed`: the client's
-    weights. `mode`: BatchNorm in eval or train mode. `labels`: shared with the update, or withheld.
+    `pool`: "private" for what is reported, "tuning" for choosing weights. `classes`: only images of these (none given: of all). `seed`:
+    which batch of the pool. `model_seed`: the weights of an untrained client; `epochs`: above 0 the trained one that ships. `mode`:
+    BatchNorm in eval or train mode. `labels`, `statistics`: shared with the update, or withheld. `fedavg`: local training before sharing.
+    `defenses`: what the client does to its update, in order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str = "cifar10"
     pool: Literal["private", "tuning"] = "private"
+    classes: tuple[int, ...] = ()
     model: str = "convnet"
     model_seed: int = 0
+    epochs: NonNegativeInt = 0
     batch_size: PositiveInt = 1
     seed: int = 0
     distinct_labels: bool = True
     mode: Literal["eval", "train"] = "eval"
     labels: Literal["given", "withheld"] = "given"
+    statistics: Literal["shared", "withheld"] = "withheld"
+    fedavg: FedAvg | None = None
+    defenses: tuple[AnyDefense, ...] = ()
 
     def batch(self) -> LabeledImages:
         """The private (or tuning) images."""
-        draw = getattr(_dataset(self.dataset), self.pool)
+        draw = getattr(_dataset(self.dataset, self.classes), self.pool)
         return draw(batch_size=self.batch_size, seed=self.seed, distinct_labels=self.distinct_labels)
 
     def client_model(self) -> ClientModel:
-        """The client's model, the same for the same seed."""
+        """The client's model, the same for the same seed or number of epochs."""
+        if self.epochs:
+            return load_model(self.model, self.dataset, self.epochs)
         data = _dataset(self.dataset)
         return build_model(
             self.model, data.num_classes, image_size=data.image_size, mean=data.mean, std=data.std, seed=self.model_seed
@@ -68,12 +78,21 @@ class Scenario(BaseModel):
 
     def update(self, model: ClientModel) -> SharedUpdate:
         """What the client shares."""
-        return Client(model).share(self.batch(), mode=self.mode, labels=self.labels)
+        options = {"mode": self.mode, "labels": self.labels, "statistics": self.statistics}
+        return Client(model).share(self.batch(), **options, fedavg=self.fedavg, defenses=self.defenses)
+
+    @property
+    def condition(self) -> str:
+        """What attack weights are tuned for, as a key of data/tuned.json: everything but which images, which seeds and which labels."""
+        parts = [self.dataset, f"{self.model}@{self.epochs}" if self.epochs else self.model, f"B={self.batch_size}"]
+        parts += [f"FedAvg {self.fedavg.steps}"] if self.fedavg else []
+        return "/".join([*parts, *map(str, self.defenses)])
 
 
 @functools.cache
-def _dataset(name: str) -> Dataset:
-    return load_dataset(name)
+def _dataset(name: str, classes: tuple[int, ...] = ()) -> Dataset:
+    data = load_dataset(name)
+    return data.restricted(classes) if classes else data
 
 
 @dataclass(frozen=True)
@@ -97,12 +116,13 @@ class Run:
 
 @functools.cache
 def _fingerprints(scenario: Scenario) -> tuple[str, str]:
-    return _weights_fingerprint(scenario.dataset, scenario.model, scenario.model_seed), scenario.batch().fingerprint
+    about = scenario.model_dump(include={"dataset", "model", "model_seed", "epochs"})
+    return _weights_fingerprint(**about), scenario.batch().fingerprint
 
 
 @functools.cache
-def _weights_fingerprint(dataset: str, model: str, seed: int) -> str:
-    return model_fingerprint(Scenario(dataset=dataset, model=model, model_seed=seed).client_model())
+def _weights_fingerprint(**about) -> str:
+    return model_fingerprint(Scenario(**about).client_model())
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +140,12 @@ class Result:
     def frame(self) -> pandas.DataFrame:
         """The metrics with arm, scenario, batch and the attack's assumptions in further columns."""
         scenario = self.run.scenario
-        columns = {"arm": self.run.arm, "model": scenario.model, "batch_size": scenario.batch_size, "seed": scenario.seed}
-        columns["model_seed"] = scenario.model_seed
-        group = f"{scenario.model}-{scenario.pool}-{scenario.batch_size}-{scenario.seed}"
+        columns = scenario.model_dump(exclude={"labels", "statistics", "fedavg", "defenses"})  # the assumptions tell of these
+        columns["batch"] = "-".join(str(columns[name]) for name in ("pool", "classes", "distinct_labels", "batch_size", "seed"))
         details = {"iterations": self.run.attack.iterations, "seconds": self.details["seconds"], "returned": self.details["returned"]}
         details["machine"] = self.details["made"]["machine"]
-        return self.metrics.assign(**columns, batch=group, **details, **self.details["assumptions"])
+        rows = self.metrics.assign(arm=self.run.arm, **details, **self.details["assumptions"])
+        return rows.assign(**{name: [value] * len(rows) for name, value in columns.items()})
 
 
 class ResultStore:
@@ -268,7 +288,7 @@ class Results(Sequence):
 
     def table(self, metrics: Sequence[str] = ("psnr", "ssim", "lpips")) -> pandas.DataFrame:
         """A row for each model, batch size, arm and assumptions: means with 95 % bootstrap intervals over batches."""
-        assumptions = ["iterations", "labels", "BatchNorm", "auxiliary data", "machine"]
+        assumptions = ["iterations", "labels", "BatchNorm", "local training", "defence", "auxiliary data", "machine"]
         rows = []
         for (model, batch_size, arm, *about), part in self.frame().groupby(["model", "batch_size", "arm", *assumptions], sort=False):
             intervals = {name: f"{bootstrap_interval(part[name], groups=part['batch']):.3f}" for name in metrics}
@@ -276,22 +296,27 @@ class Results(Sequence):
             rows.append({"model": model, "batch size": batch_size, "attack": arm, "images": len(part), **intervals, **about})
         return pandas.DataFrame(rows)
 
-    def effect(self, arm: str, baseline: str, metric: str = "psnr", **where) -> Interval:
-        """Mean of arm − baseline in `metric`, over the images that both arms attacked, with its 95 % bootstrap interval over batches.
+    def difference(self, a: Mapping, b: Mapping, metric: str = "psnr") -> Interval:
+        """Mean of a − b in `metric` over the private images that both attacked, with its 95 % bootstrap interval over batches.
 
-        `where` selects scenarios, as `select` does. Raises DataError when the arms share no image, or an arm attacked one twice.
+        `a` and `b` select results as `select` does, such as {"arm": "GIPIP", "epochs": 40}. Raises DataError when they share no image, or
+        one of them attacked an image twice.
         """
-        image = ["model", "model_seed", "batch_size", "batch", "image"]
-        arms = [self.select(arm=name, **where) for name in (arm, baseline)]
-        if not all(arms):
-            raise DataError(f"There is nothing to compare: no results of {arm!r} or of {baseline!r} for {where}.")
-        frames = [results.frame() for results in arms]
+        image = ["model_seed", "batch", "image"]
+        parts = [self.select(**wanted) for wanted in (a, b)]
+        if not all(parts):
+            raise DataError(f"There is nothing to compare: no results of {a} or of {b}.")
+        frames = [results.frame()[[*image, metric]] for results in parts]
         if any(frame.duplicated(image).any() for frame in frames):
-            raise DataError(f"{arm!r} or {baseline!r} has several results for one image: name a scenario's field too, e.g. mode='eval'.")
+            raise DataError(f"{a} or {b} has several results for one image: name a scenario's field too, e.g. mode='eval'.")
         pairs = frames[0].merge(frames[1], on=image, suffixes=("", "_baseline"))
         if pairs.empty:
-            raise DataError(f"{arm!r} and {baseline!r} share no image for {where}. Give both arms the same scenarios.")
+            raise DataError(f"{a} and {b} share no image. Give both the same batches.")
         return paired_difference(pairs[metric], pairs[f"{metric}_baseline"], groups=pairs["batch"])
+
+    def effect(self, arm: str, baseline: str, metric: str = "psnr", **where) -> Interval:
+        """The `difference` of two arms on the scenarios that `where` selects."""
+        return self.difference({"arm": arm, **where}, {"arm": baseline, **where}, metric)
 
     def effects(self, questions: Mapping[str, tuple[str, str]], metrics: Sequence[str] = ("psnr", "ssim")) -> pandas.DataFrame:
         """A row for each model, batch size, question and metric: the `effect` of one arm over another, and the verdict that it is above 0.

@@ -1,20 +1,22 @@
-"""The networks of a federated-learning client.
+"""The networks of a federated-learning client, and how they are trained to an epoch.
 
 Every model is `ClientModel(normalize, network)`: images in [0, 1] enter, the first layer normalises them. Attacks use the two parts
 apart, because their variable lives in normalised space.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gipip.data import CIFAR10_MEAN, CIFAR10_STD
+from gipip.data import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
 from gipip.errors import ModelError
-from gipip.files import fingerprint
+from gipip.files import DATA, fingerprint, read_tensors
+from gipip.progress import progress
 
 
 class Normalize(nn.Module):
@@ -66,7 +68,7 @@ def build_model(
 ) -> ClientModel:
     """An untrained client model in eval mode; the same seed gives the same weights and leaves the global generator alone.
 
-    `name`: "resnet18", "convnet" or "lenet". Raises ModelError for any other.
+    `name`: "resnet18", "convnet", "convnet16" (half as wide) or "lenet". Raises ModelError for any other.
     """
     if name not in _NETWORKS:
         known = ", ".join(sorted(_NETWORKS))
@@ -85,15 +87,15 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     return network
 
 
-def _convnet(num_classes: int, image_size: int) -> nn.Module:
-    """Six 3×3 convolutions with BatchNorm and ReLU (32-64-64, pool, 128-128-128, pool) and a linear layer."""
-    widths = [3, 32, 64, 64, 128, 128, 128]
+def _convnet(num_classes: int, image_size: int, *, width: int = 32) -> nn.Module:
+    """Six 3×3 convolutions with BatchNorm and ReLU (32-64-64, pool, 128-128-128, pool for width 32) and a linear layer."""
+    widths = [3, width, *[2 * width] * 2, *[4 * width] * 3]
     layers = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
         if index in (2, 5):
             layers.append(nn.MaxPool2d(kernel_size=3))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (image_size // 9) ** 2, num_classes))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * width * (image_size // 9) ** 2, num_classes))
 
 
 def _lenet(num_classes: int, image_size: int) -> nn.Module:
@@ -107,7 +109,72 @@ def _lenet(num_classes: int, image_size: int) -> nn.Module:
     return network
 
 
-_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"resnet18": _resnet18, "convnet": _convnet, "lenet": _lenet}
+_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet18": _resnet18,
+    "convnet": _convnet,
+    "convnet16": partial(_convnet, width=16),
+    "lenet": _lenet,
+}
+
+
+def load_model(name: str, dataset: str = "cifar10", epochs: int = 0) -> ClientModel:
+    """The client model `name` after `epochs` of training on `dataset`, as it ships with gipip (see data/README.md), in eval mode.
+
+    Raises ModelError when no such model ships.
+    """
+    path = DATA / f"client-{dataset}-{name}.safetensors"
+    tensors, provenance = read_tensors(path) if path.exists() else ({}, {})
+    shipped = sorted(int(epoch) for epoch in provenance.get("accuracy", {}))
+    if epochs not in shipped:
+        raise ModelError(
+            f"No {name!r} trained for {epochs} epochs on {dataset!r} ships with gipip (epochs shipped: {shipped or 'none'}). "
+            "Train one: gipip.models.train_client."
+        )
+    model = build_model(name, provenance["num_classes"])
+    model.load_state_dict({key.removeprefix(f"{epochs}/"): value for key, value in tensors.items() if key.startswith(f"{epochs}/")})
+    return model
+
+
+def train_client(
+    model: ClientModel,
+    images: LabeledImages,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    learning_rate: float = 0.05,
+    seed: int = 0,
+) -> Iterator[float]:
+    """Train in place, as a server's global model is: gives the mean training loss after each epoch, with the model in eval mode.
+
+    SGD with momentum 0.9 and weight decay 5e-4, learning rate falling to zero along a cosine, random horizontal flips.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(images) // batch_size))
+    for epoch in range(epochs):
+        model.train()
+        losses = []
+        batches = torch.randperm(len(images), generator=generator).split(batch_size)[: len(images) // batch_size]
+        for rows in progress(batches, description=f"epoch {epoch + 1}/{epochs}"):
+            batch = images[rows]
+            flipped = (torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5).expand_as(batch.images)
+            x = torch.where(flipped, batch.images.flip(3), batch.images).to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), batch.labels)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        model.eval()
+        yield torch.stack(losses).mean().item()
+
+
+@torch.no_grad()
+def accuracy(model: ClientModel, images: LabeledImages) -> float:
+    """Share of the images that the model, in eval mode, puts in their class; in [0, 1]."""
+    predicted = torch.cat([model(images[rows].images).argmax(dim=1) for rows in torch.arange(len(images)).split(250)])
+    return (predicted == images.labels).double().mean().item()
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,69 +1,186 @@
-"""Attack weights chosen on tuning images, with the same grid of λ_TV for every arm, and shipped as `data/tuned.json`."""
+"""Attack weights chosen on tuning images, with the same effort for every arm, and shipped as `data/tuned.json`.
 
+A study is a list of scenarios on tuning images and the arms to tune on them. An arm is tuned in stages: each tries all combinations of a
+few settings on every scenario, and the combination of highest mean PSNR in a condition (`Scenario.condition`) is where the next starts.
+"""
+
+import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
 
-from gipip.attacks import GIPIP, InvertingGradients
+from gipip.attacks import GIAS, GIPIP, Attack, GradInversion, InvertingGradients, LatentSearch
+from gipip.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
+from gipip.errors import DataError
 from gipip.experiments import Run, Scenario, sweep
-from gipip.priors import AnomalyScore
+from gipip.files import DATA
+from gipip.priors import AnomalyScore, load_generator
+
+Stage = Mapping[str, Sequence]
+TUNED = DATA / "tuned.json"
 
 TV_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 AS_WEIGHTS = (0.05, 0.2, 1.0, 3.0)
 BATCHES = {"convnet": {1: 8, 4: 4, 8: 4}, "resnet18": {1: 4, 4: 2, 8: 2}}
+"""The main study: how many batches of tuning images for each model and batch size."""
 
 
-def tune(
-    prior: AnomalyScore,
-    *,
-    dataset: str = "cifar10",
-    batches: Mapping[str, Mapping[int, int]] = BATCHES,
-    iterations: int = 300,
-    tv_weights: Sequence[float] = TV_WEIGHTS,
-    as_weights: Sequence[float] = AS_WEIGHTS,
-    **sweep_options,
-) -> tuple[dict, pandas.DataFrame]:
-    """The weights of highest mean PSNR on tuning images, and the whole grid.
+@dataclass(frozen=True)
+class Arm:
+    """An attack and the stages in which it is tuned. `after`: the arm whose tuned settings it takes over first, e.g. its λ_TV."""
 
-    `batches`: for each model and batch size how many batches of tuning images. Inverting Gradients is tried with every λ_TV, GIPIP (c = 0)
-    with every λ_TV × λ_AS. Returns {data set: {model: {batch size: {attack: settings}}}} and a table with a row for each point of the grid.
-    `sweep_options`: store, workers, scheduler, as for `sweep`.
+    attack: Attack
+    stages: tuple[Stage, ...]
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is tuned together: scenarios on tuning images, and arms by the name under which their settings are kept."""
+
+    scenarios: tuple[Scenario, ...]
+    arms: Mapping[str, Arm]
+
+
+def tune(study: Study, **sweep_options) -> tuple[dict, pandas.DataFrame]:
+    """The settings of highest mean PSNR, {condition: {arm: {setting: value}}}, and every combination that was tried, a row each.
+
+    `sweep_options`: store, workers, scheduler, as for `sweep`. Raises DataError for a scenario that is not on tuning images.
     """
-    prior = prior.with_offset(0)
-    attacks = [InvertingGradients(tv_weight=tv, iterations=iterations) for tv in tv_weights]
-    attacks += [GIPIP(prior=prior, tv_weight=tv, as_weight=score, iterations=iterations) for tv in tv_weights for score in as_weights]
-    scenarios = [
-        Scenario(dataset=dataset, pool="tuning", model=model, batch_size=size, seed=seed)
-        for model, counts in batches.items()
-        for size, count in counts.items()
-        for seed in range(count)
-    ]
-    results = sweep([Run(type(attack).__name__, scenario, attack) for scenario in scenarios for attack in attacks], **sweep_options)
-    rows = [
-        {"attack": result.run.arm, "model": result.run.scenario.model, "batch_size": result.run.scenario.batch_size}
-        | {"tv_weight": result.run.attack.tv_weight, "as_weight": getattr(result.run.attack, "as_weight", 0.0)}
-        | result.metrics[["psnr", "ssim", "lpips"]].mean().to_dict()
-        for result in results
-    ]
-    point = ["attack", "model", "batch_size", "tv_weight", "as_weight"]
-    grid = pandas.DataFrame(rows).groupby(point, sort=False, as_index=False).mean()
-    return {dataset: _best(grid)}, grid
+    if wrong := [scenario for scenario in study.scenarios if scenario.pool != "tuning"]:
+        raise DataError(f"Weights are tuned on tuning images only: {wrong[0]} is on the {wrong[0].pool} pool. Use pool='tuning'.")
+    settings: dict = {scenario.condition: {} for scenario in study.scenarios}
+    rows = []
+    for name, arm in study.arms.items():
+        for condition in settings.values():
+            condition[name] = dict(condition[arm.after]) if arm.after else {}
+        for stage in arm.stages:
+            tried = _try(study.scenarios, name, arm.attack, stage, settings, sweep_options)
+            rows += tried
+            for condition, best in _best(tried).items():
+                settings[condition][name] |= best
+    return settings, pandas.DataFrame(rows)
 
 
-def _best(grid: pandas.DataFrame) -> dict:
-    settings: dict = {}
-    for row in grid.loc[grid.groupby(["model", "batch_size", "attack"])["psnr"].idxmax()].to_dict("records"):
-        weights = {"tv_weight": row["tv_weight"]} | ({"as_weight": row["as_weight"]} if row["attack"] == "GIPIP" else {})
-        settings.setdefault(row["model"], {}).setdefault(str(row["batch_size"]), {})[row["attack"]] = weights
-    return settings
+def _try(scenarios, name: str, attack: Attack, stage: Stage, settings: dict, sweep_options: dict) -> list[dict]:
+    """A row for each condition and each combination of the stage's values: mean metrics over the condition's scenarios."""
+    points = [dict(zip(stage, values, strict=True)) for values in itertools.product(*stage.values())]
+    runs, where = [], []
+    for scenario, point in itertools.product(scenarios, points):
+        chosen = settings[scenario.condition][name] | point
+        runs.append(Run(name, scenario, attack.model_copy(update=chosen)))
+        where.append((scenario.condition, json.dumps(chosen)))
+    metrics = ["psnr", "ssim", "lpips"]
+    results = [result.metrics[metrics].mean() for result in sweep(runs, **sweep_options)]
+    means = pandas.DataFrame(results).groupby(pandas.MultiIndex.from_tuples(where), sort=False).mean()
+    return [{"condition": key[0], "arm": name, "settings": json.loads(key[1]), **row.to_dict()} for key, row in means.iterrows()]
 
 
-def write_tuned(path: Path | str, settings: dict, grid: pandas.DataFrame, made: dict) -> Path:
-    """Write what `tune` found, with the whole grid and how it was made, as JSON."""
-    content = {"made": made, "settings": settings, "grid": grid.round({"psnr": 4, "ssim": 4, "lpips": 4}).to_dict("records")}
+def _best(tried: list[dict]) -> dict[str, dict]:
+    table = pandas.DataFrame(tried)
+    best = table.loc[table.groupby("condition", sort=False)["psnr"].idxmax()]
+    return dict(zip(best["condition"], best["settings"], strict=True))
+
+
+def read_tuned() -> dict:
+    """What ships: {"settings": {condition: {arm: settings}}, "studies": {name: {"made": …, "grid": [rows]}}}."""
+    return json.loads(TUNED.read_text())
+
+
+def write_tuned(path: Path | str, name: str, settings: dict, grid: pandas.DataFrame, made: dict) -> Path:
+    """Add a study to the file `path` (made from what ships when it is not there), in place of an earlier one of that name, as JSON."""
     path = Path(path)
+    content = json.loads(path.read_text()) if path.exists() else read_tuned()
+    for condition, arms in settings.items():
+        content["settings"].setdefault(condition, {}).update(arms)
+    content["studies"][name] = {"made": made, "grid": grid.round({"psnr": 4, "ssim": 4, "lpips": 4}).to_dict("records")}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+# The studies whose results ship -----------------------------------------------------------------------------------------------------
+
+def _tuning(count: int, **about) -> tuple[Scenario, ...]:
+    return tuple(Scenario(pool="tuning", seed=seed, **about) for seed in range(count))
+
+
+def _main(prior: AnomalyScore, iterations: int) -> Study:
+    scenarios = [
+        _tuning(count, model=model, batch_size=size) for model, counts in BATCHES.items() for size, count in counts.items()
+    ]
+    arms = {
+        "InvertingGradients": Arm(InvertingGradients(iterations=iterations), ({"tv_weight": TV_WEIGHTS},)),
+        "GIPIP": Arm(GIPIP(prior=prior, iterations=iterations), ({"tv_weight": TV_WEIGHTS, "as_weight": AS_WEIGHTS},)),
+    }
+    return Study(tuple(itertools.chain(*scenarios)), arms)
+
+
+_EQUAL = "GIPIP at equal TV weight"
+_SMALL_TV = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+
+
+def _with_and_without(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
+    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without the anomaly score at equal total variation."""
+    return {
+        "InvertingGradients": Arm(InvertingGradients(iterations=iterations, **settings), (_SMALL_TV,)),
+        _EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": AS_WEIGHTS},), after="InvertingGradients"),
+    }
+
+
+def _conditions(prior: AnomalyScore, iterations: int) -> Study:
+    counts = {1: 4, 2: 3, 4: 2, 8: 2, 12: 1, 16: 1}
+    scenarios = [_tuning(count, model="convnet16", batch_size=size, distinct_labels=size <= 10) for size, count in counts.items()]
+    scenarios += [_tuning(3, model="convnet16", epochs=epochs) for epochs in (40, 60, 80, 100)]
+    return Study(tuple(itertools.chain(*scenarios)), _with_and_without(prior, iterations))
+
+
+DEFENSES = (
+    *(GaussianNoise(std=std) for std in (1e-3, 1e-2, 1e-1)),
+    *(Sparsification(sparsity=sparsity) for sparsity in (0.5, 0.9, 0.95, 0.99)),
+    Soteria(pruned=0.5),
+    *(DPSGD(max_norm=1.0, noise_multiplier=noise) for noise in (0.01, 0.1)),
+)
+"""What 05_defenses attacks adaptively, at B = 1: matching only the entries that are not zero, with weights tuned under each defence."""
+
+
+def _defenses(prior: AnomalyScore, iterations: int) -> Study:
+    scenarios = [_tuning(3, model="convnet16", defenses=(defense,)) for defense in DEFENSES]
+    return Study(tuple(itertools.chain(*scenarios)), _with_and_without(prior, iterations, masked=True))
+
+
+def _gan(prior: AnomalyScore, iterations: int) -> Study:
+    generator = load_generator("cifar10-3.8%")
+    about = {"model": "convnet16", "statistics": "shared"}  # which only GradInversion looks at
+    scenarios = (*_tuning(4, **about), *_tuning(2, batch_size=4, **about))
+    weights = {"tv_weight": (3e-4, 1e-3, 3e-3, 1e-2)}
+    arms = {
+        "GIPIP": Arm(GIPIP(prior=prior, iterations=iterations), (_SMALL_TV, {"as_weight": AS_WEIGHTS}, _SMALL_TV)),
+        "LatentSearch": Arm(LatentSearch(prior=generator, iterations=iterations), (weights, {"learning_rate": (0.03, 0.1, 0.3)})),
+        "GIAS": Arm(
+            GIAS(prior=generator, iterations=iterations),
+            ({"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)}, weights, {"latent_learning_rate": (0.03, 0.3)}),
+        ),
+        "GradInversion": Arm(
+            GradInversion(iterations=iterations),
+            ({"statistics_weight": (0.01, 0.1, 1.0)}, {"tv_weight": _SMALL_TV["tv_weight"][:4]}, {"group_weight": (0.0, 0.01, 0.1)}),
+        ),
+    }
+    return Study(scenarios, arms)
+
+
+_STUDIES = {"main": (_main, 300), "conditions": (_conditions, 100), "defenses": (_defenses, 100), "gan": (_gan, 150)}
+STUDIES = tuple(_STUDIES)
+
+
+def study(name: str, prior: AnomalyScore, iterations: int | None = None) -> Study:
+    """A study whose results ship: "main" (Inverting Gradients and GIPIP in 02), "conditions" (batch sizes and trained clients in 03),
+    "defenses" (05), "gan" (GIAS and its opponents in 04). Raises DataError for another name.
+    """
+    if name not in _STUDIES:
+        raise DataError(f"Unknown study {name!r}. Known: {', '.join(STUDIES)}.")
+    build, default = _STUDIES[name]
+    return build(prior.with_offset(0), iterations or default)

@@ -8,7 +8,7 @@ import copy
 import functools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gipip.attacks.labels import infer_labels
 from gipip.attacks.replay import Replay
 from gipip.errors import BatchSizeError, LabelError
-from gipip.federation import SharedUpdate
+from gipip.federation import SharedUpdate, local_update
 from gipip.models import ClientModel, trainable
 from gipip.progress import progress
 
@@ -54,37 +54,47 @@ class Reconstruction:
 class View:
     """All that an attack works with: the network that takes normalised images, the update's gradients, and labels if the attack knows them.
 
-    `parameters`: the trainable ones, in the gradients' order. `shape`: of the candidate images.
+    `parameters`: the network's trainable ones, in the gradients' order. `update`: all that was shared; its gradients are the `target`.
+    `shape`: of the candidate images.
     """
 
     network: nn.Module
-    parameters: tuple[nn.Parameter, ...]
+    parameters: Mapping[str, nn.Parameter]
     normalize: nn.Module
-    target: tuple[Tensor, ...]
+    update: SharedUpdate
     shape: tuple[int, int, int, int]
     classes: int
     labels: Int[Tensor, "batch"] | None
     generator: torch.Generator
     placed: dict[nn.Module, nn.Module] = field(default_factory=dict)
 
+    @property
+    def target(self) -> tuple[Tensor, ...]:
+        """g*: the shared gradients."""
+        return self.update.gradients
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor on the attack's device and in its precision."""
+        return next(iter(self.parameters.values()))
+
     def place(self, module: nn.Module) -> nn.Module:
         """A copy of a prior on the attack's device and in its precision, made once."""
         if module not in self.placed:
-            self.placed[module] = copy.deepcopy(module).to(self.parameters[0])
+            self.placed[module] = copy.deepcopy(module).to(self.like)
         return self.placed[module]
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal numbers from the attack's own generator, the same on every device."""
-        like = self.parameters[0]
-        return torch.randn(*shape, generator=self.generator).to(like.device, like.dtype)
+        return torch.randn(*shape, generator=self.generator).to(self.like.device, self.like.dtype)
 
     def images(self, normalized: Tensor) -> Float[Tensor, "batch 3 height width"]:
         """The candidate in image space, clamped to [0, 1]."""
         return self.normalize.inverse(normalized).clamp(0, 1)
 
-    def gradients(self, normalized: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        """∂ loss(network(x)) / ∂θ, differentiable with respect to x."""
-        return torch.autograd.grad(loss(self.network(normalized)), self.parameters, create_graph=True)
+    def gradients(self, normalized: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The update that a client with these images and labels (class indices or distributions) would share; differentiable."""
+        return local_update(self.network, self.parameters, normalized, labels, self.update.fedavg, create_graph=True)
 
 
 @dataclass(eq=False)
@@ -136,7 +146,11 @@ class Attack(BaseModel):
         """What is optimised: "images", normalised candidates started from standard normal noise, and whatever a subclass adds."""
         return {"images": view.randn(*view.shape)}
 
-    def optimizer(self, variables: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    def candidate(self, view: View, variables: dict[str, Tensor]) -> Float[Tensor, "batch 3 height width"]:
+        """The normalised images that the variables stand for."""
+        return variables["images"]
+
+    def optimizer(self, variables: dict[str, Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
         """The optimiser and its learning-rate schedule."""
         raise TypeError(f"{type(self).__name__} does not define optimizer()")
 
@@ -156,12 +170,14 @@ class Attack(BaseModel):
         return view.labels
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
-        """What this attack takes for granted, as data for the tables: labels, BatchNorm, auxiliary data."""
+        """What this attack takes for granted, as data for the tables: labels, BatchNorm, local training, defence, auxiliary data."""
         inferred = "inferred from the last layer (iDLG)" if update.batch_size == 1 else "counts inferred from the last layer's bias"
         running, candidates = "eval mode: running statistics, known with the model", "train mode: statistics of the candidate batch"
         return {
             "labels": inferred if update.labels is None else "given",
             "BatchNorm": running if update.mode == "eval" else candidates,
+            "local training": f"{update.fedavg.steps} steps, mini-batches in a known order" if update.fedavg else "none (FedSGD)",
+            "defence": ", then ".join(update.defenses) or "none",
             "auxiliary data": "none",
         }
 
@@ -183,17 +199,13 @@ class Attack(BaseModel):
         """
         started = time.perf_counter()
         view = self._view(model, update)
-        attempts = []
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # gradients are matched to float32's precision
-            for restart in range(self.restarts):
-                view.generator.manual_seed(self.seed + restart)
-                attempts.append(self._attempt(view, watch, watch_every, f"{type(self).__name__} {restart + 1}/{self.restarts}"))
-                if attempts[-1].stopped:
-                    break
-        results = [self._choose(attempt) for attempt in attempts]
+            attempts, results = self._search(view, watch, watch_every)
         attempt, (variables, cost, returned) = min(zip(attempts, results, strict=True), key=lambda pair: pair[1][1])
+        with torch.no_grad():
+            images = view.images(self.candidate(view, variables)).float().cpu()
         return Reconstruction(
-            images=view.images(variables["images"]).float().cpu(),
+            images=images,
             labels=self.labels(view, variables).cpu(),
             history={name: torch.stack([terms[name] for terms in attempt.history]).cpu() for name in attempt.history[0]},
             cost=cost,
@@ -214,13 +226,22 @@ class Attack(BaseModel):
         if update.labels is not None:
             _check_labels(update.labels, update.batch_size, classes)
         labels = self.known_labels(model, update)
-        parameters = tuple(trainable(model).values())
-        return View(model.network, parameters, model.normalize, update.gradients, shape, classes, labels, torch.Generator())
+        return View(model.network, trainable(model.network), model.normalize, update, shape, classes, labels, torch.Generator())
+
+    def _search(self, view: View, watch=None, watch_every: int = 25) -> tuple[list[_Attempt], list[tuple[dict[str, Tensor], float, str]]]:
+        """Every restart, and what `_choose` returns for each."""
+        attempts = []
+        for restart in range(self.restarts):
+            view.generator.manual_seed(self.seed + restart)
+            attempts.append(self._attempt(view, watch, watch_every, f"{type(self).__name__} {restart + 1}/{self.restarts}"))
+            if attempts[-1].stopped:
+                break
+        return attempts, [self._choose(attempt) for attempt in attempts]
 
     def _attempt(self, view: View, watch, watch_every: int, description: str) -> _Attempt:
         variables = {name: variable.requires_grad_() for name, variable in self.variables(view).items()}
-        optimizer, schedule = self.optimizer(list(variables.values()))
-        infinite = torch.full((), float("inf")).to(view.parameters[0])
+        optimizer, schedule = self.optimizer(variables)
+        infinite = torch.full((), float("inf")).to(view.like)
         attempt = _Attempt(variables, {name: variable.detach().clone() for name, variable in variables.items()}, infinite)
         step = functools.partial(self._step, view, attempt, optimizer)
         if self.replayable and infinite.is_cuda:
@@ -233,7 +254,8 @@ class Attack(BaseModel):
                 if iteration % _CHECK_EVERY == 0 and not _finite(attempt):
                     break
                 if watch and (iteration + 1) % watch_every == 0:
-                    watch(iteration + 1, view.images(variables["images"].detach()).float().cpu(), float(sum(attempt.history[-1].values())))
+                    images = view.images(self.candidate(view, variables).detach())
+                    watch(iteration + 1, images.float().cpu(), float(sum(attempt.history[-1].values())))
         except (KeyboardInterrupt, StopIteration):
             attempt.stopped = True
             attempt.notes.append(f"stopped by the user after {len(attempt.history)} of {self.iterations} iterations")

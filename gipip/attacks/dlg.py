@@ -6,7 +6,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from gipip.attacks.base import Attack, View
-from gipip.attacks.objectives import soft_cross_entropy, squared_distance
+from gipip.attacks.objectives import squared_distance
 from gipip.federation import SharedUpdate
 from gipip.models import ClientModel
 
@@ -30,11 +30,11 @@ class DLG(Attack):
         return super().variables(view) | {"labels": view.randn(view.shape[0], view.classes)}
 
     def optimizer(self, variables):
-        return torch.optim.LBFGS(variables, lr=self.learning_rate, max_iter=self.inner_iterations), None
+        return torch.optim.LBFGS(list(variables.values()), lr=self.learning_rate, max_iter=self.inner_iterations), None
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = variables["labels"].softmax(dim=1)
-        gradients = view.gradients(variables["images"], lambda logits: soft_cross_entropy(logits, labels))
+        gradients = view.gradients(variables["images"], labels)
         return {"gradient matching": squared_distance(gradients, view.target)}
 
     def labels(self, view: View, variables: dict[str, Tensor]) -> Int[Tensor, "batch"]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gipip.attacks.base import View
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.attacks.presets import RELEASED_OFFSETS, released, tuned
+from gipip.attacks.presets import RELEASED_OFFSETS, released
 from gipip.federation import SharedUpdate
 from gipip.priors import AnomalyScore
 
@@ -28,7 +28,7 @@ class GIPIP(InvertingGradients):
         return prior.fingerprint
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
-        score = view.place(self.prior)(view.images(variables["images"]), per=self.score_per).mean()
+        score = view.place(self.prior)(view.images(self.candidate(view, variables)), per=self.score_per).mean()
         return super().terms(view, variables) | {"anomaly score": self.as_weight * score}
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
@@ -41,6 +41,6 @@ class GIPIP(InvertingGradients):
         return cls(prior=prior.with_offset(RELEASED_OFFSETS[dataset]), **settings)
 
     @classmethod
-    def tuned(cls, dataset: str, batch_size: int, *, prior: AnomalyScore, model: str = "convnet", **changes) -> "GIPIP":
-        """λ_TV and λ_AS tuned for `model` on tuning images (`gipip tune`), c = 0; `changes` override single settings."""
-        return cls(prior=prior.with_offset(0), **tuned("GIPIP", dataset, model, batch_size) | changes)
+    def tuned(cls, condition: str, *, prior: AnomalyScore, **changes) -> "GIPIP":
+        """As for Inverting Gradients; they were tuned with c = 0, which they set."""
+        return super().tuned(condition, prior=prior.with_offset(0), **changes)

@@ -4,41 +4,51 @@ from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from gipip.attacks.base import Attack, View
 from gipip.attacks.objectives import cosine_distance, total_variation
 from gipip.attacks.presets import released, tuned
+from gipip.federation import SharedUpdate
 
 
 class InvertingGradients(Attack):
     """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x), minimised with Adam inside the box that [0, 1] becomes.
 
     `tv_weight`: λ_TV. `signed`: Adam receives the sign of the gradient. `schedule`: "cosine" falls to zero, "steps" multiplies the
-    learning rate by 0.1 at 3/8, 5/8 and 7/8 of the iterations, as the reference implementations do.
+    learning rate by 0.1 at 3/8, 5/8 and 7/8 of the iterations, as the reference implementations do. `masked`: match only the entries that
+    are not zero in g*, the answer to a client that shares a sparsified gradient.
     """
 
     tv_weight: NonNegativeFloat = 3e-3
     learning_rate: PositiveFloat = 0.3
     schedule: Literal["cosine", "steps"] = "cosine"
     signed: bool = True
+    masked: bool = False
 
     def optimizer(self, variables):
-        gpu = variables[0].is_cuda  # where a captured step must read its learning rate from GPU memory
-        rate = torch.tensor(self.learning_rate, device=variables[0].device) if gpu else self.learning_rate
-        adam = torch.optim.Adam(variables, lr=rate, capturable=gpu)
+        tensors = list(variables.values())
+        gpu = tensors[0].is_cuda  # where a captured step must read its learning rate from GPU memory
+        rate = torch.tensor(self.learning_rate, device=tensors[0].device) if gpu else self.learning_rate
+        adam = torch.optim.Adam(tensors, lr=rate, capturable=gpu)
         if self.schedule == "cosine":
             return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.iterations)
         milestones = [self.iterations * eighths // 8 for eighths in (3, 5, 7)]
         return adam, torch.optim.lr_scheduler.MultiStepLR(adam, milestones, gamma=0.1)
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
-        x = variables["images"]
-        gradients = view.gradients(x, lambda logits: nn.functional.cross_entropy(logits, view.labels))
+        x = self.candidate(view, variables)
+        gradients = view.gradients(x, view.labels)
+        if self.masked:
+            gradients = [gradient * (shared != 0) for gradient, shared in zip(gradients, view.target, strict=True)]
         return {"gradient matching": cosine_distance(gradients, view.target), "total variation": self.tv_weight * total_variation(x)}
 
     def direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign() if self.signed else gradient
+
+    def assumptions(self, update: SharedUpdate) -> dict[str, str]:
+        about = super().assumptions(update)
+        return about | ({"defence": f"{about['defence']}; only non-zero entries matched"} if self.masked else {})
 
     def project(self, view: View, variables: dict[str, Tensor]) -> None:
         lower, upper = view.normalize.box
@@ -51,6 +61,6 @@ class InvertingGradients(Attack):
         return cls(**released("InvertingGradients", dataset, batch_size) | changes)
 
     @classmethod
-    def tuned(cls, dataset: str, batch_size: int, *, model: str = "convnet", **changes) -> "InvertingGradients":
-        """λ_TV tuned for `model` on tuning images (`gipip tune`), this library's schedule; `changes` override single settings."""
-        return cls(**tuned("InvertingGradients", dataset, model, batch_size) | changes)
+    def tuned(cls, condition: str, **changes) -> "InvertingGradients":
+        """Settings tuned on tuning images for a `Scenario.condition`, such as "cifar10/convnet/B=4"; `changes` override single ones."""
+        return cls(**tuned(cls.__name__, condition) | changes)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,7 +25,3 @@ def total_variation(images: Float[Tensor, "batch channels height width"]) -> Flo
     vertical = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
     return horizontal + vertical
 
-
-def soft_cross_entropy(logits: Float[Tensor, "batch classes"], targets: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy against label distributions, as DLG's jointly optimised soft labels need it."""
-    return torch.mean(-(targets * logits.log_softmax(dim=1)).sum(dim=1))

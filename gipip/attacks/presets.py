@@ -32,13 +32,19 @@ def released(attack: str, dataset: str, batch_size: int) -> dict:
     return common | {"tv_weight": tv_weight, "as_weight": as_weight, "signed": False, "score_per": "batch"}
 
 
-def tuned(attack: str, dataset: str, model: str, batch_size: int) -> dict:
-    """Weights of `attack` found by `gipip tune` on tuning images, from `data/tuned.json`."""
-    table = json.loads((DATA / "tuned.json").read_text())["settings"].get(dataset, {})
-    if model not in table:
-        raise DataError(f"No tuned weights are shipped for {dataset!r} and {model!r}. Run `gipip tune`, or give the weights by keyword.")
-    sizes = {int(size): settings for size, settings in table[model].items()}
-    return _at_batch_size(sizes, batch_size, "Tuned weights are shipped")[attack]
+def tuned(attack: str, condition: str) -> dict:
+    """Weights of `attack` found by `gipip tune` on tuning images for `condition`, such as "cifar10/convnet/B=4", from `data/tuned.json`.
+
+    `Scenario.condition` gives the key. Raises DataError when none are shipped.
+    """
+    table = json.loads((DATA / "tuned.json").read_text())["settings"]
+    if attack not in table.get(condition, {}):
+        near = ", ".join(sorted(key for key in table if key.split("/")[0] == condition.split("/")[0] and attack in table[key]))
+        raise DataError(
+            f"No tuned weights of {attack} are shipped for {condition!r}. Shipped: {near or 'none'}. "
+            "Run `gipip tune`, or give the weights by keyword."
+        )
+    return table[condition][attack]
 
 
 def _at_batch_size(table: dict, batch_size: int, what: str):

@@ -90,11 +90,15 @@ class AnomalyScore(nn.Module):
             raise DamagedFileError(f"{path} does not hold an autoencoder ({error}). Train one: gipip train-prior.") from error
 
 
-def load_prior(dataset: str = "cifar10") -> AnomalyScore:
-    """The anomaly score that ships with gipip, trained on the embedded auxiliary images of `dataset`."""
-    path = DATA / f"autoencoder-{dataset}.safetensors"
+def load_prior(name: str = "cifar10") -> AnomalyScore:
+    """An anomaly score that ships with gipip: "cifar10" is trained on the 1,900 embedded auxiliary images; see data/README.md for more.
+
+    Raises DataError when there is none of that name.
+    """
+    path = DATA / f"autoencoder-{name}.safetensors"
     if not path.exists():
-        raise DataError(f"No trained autoencoder for {dataset!r} ships with gipip. Train one: gipip.train_autoencoder(data.auxiliary()).")
+        known = ", ".join(sorted(path.stem.removeprefix("autoencoder-") for path in DATA.glob("autoencoder-*.safetensors")))
+        raise DataError(f"No autoencoder {name!r} ships with gipip. Known: {known}. Train one: gipip.train_autoencoder(data.auxiliary()).")
     return AnomalyScore.load(path)
 
 

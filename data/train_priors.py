@@ -1,0 +1,79 @@
+"""Trains the attacker's priors that ship with gipip: autoencoder-NAME.safetensors and generator-NAME.safetensors on the same images.
+
+`python data/train_priors.py TARGET_FOLDER NAME …`, where NAME is one of AUXILIARY below; a prior that is in the folder already is left.
+Run `gipip data cifar10` first. `fashion` reads the files of Debian's package dataset-fashion-mnist from $FASHION_MNIST, `imagenet` a folder
+of images (layout class/image; shipped: Tiny ImageNet's) from $GIPIP_DATA.
+"""
+
+import gzip
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gipip.data import LabeledImages, load_dataset, stratified
+from gipip.experiments import provenance
+from gipip.priors import train_autoencoder, train_generator
+
+ANIMALS, VEHICLES = (2, 3, 4, 5, 6, 7), (0, 1, 8, 9)
+COUNT = 1_900
+
+
+def cifar10(fraction: float) -> LabeledImages:
+    return load_dataset("cifar10", full=True).auxiliary(fraction)
+
+
+def classes(wanted: tuple[int, ...]) -> LabeledImages:
+    """760 images of these classes, of the 1,900 embedded ones: as many as there are of vehicles."""
+    pool = load_dataset("cifar10").auxiliary()
+    pool = pool[torch.isin(pool.labels, torch.tensor(wanted))]
+    return pool[stratified(pool, "auxiliary:0")[:760]]
+
+
+def fashion() -> LabeledImages:
+    """Fashion-MNIST, 28×28 grey, with a border to 32×32 and equal colour channels."""
+    path = Path(os.environ["FASHION_MNIST"]) / "train-images-idx3-ubyte"
+    raw = gzip.decompress(path.with_name(path.name + ".gz").read_bytes()) if not path.exists() else path.read_bytes()
+    grey = torch.frombuffer(bytearray(raw[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)[:COUNT]
+    return LabeledImages(nn.functional.pad(grey, [2] * 4).expand(-1, 3, -1, -1).contiguous(), torch.zeros(COUNT, dtype=torch.int64))
+
+
+def imagenet() -> LabeledImages:
+    """Images of a folder shrunk to 32×32, each class in proportion."""
+    data = load_dataset("folder", root=os.environ["GIPIP_DATA"], size=64, auxiliary_fraction=1.0, tuning_fraction=0.0)
+    chosen = data.auxiliary_pool[stratified(data.auxiliary_pool, "auxiliary:0")[:COUNT]]
+    small = nn.functional.interpolate(chosen.images, size=32, mode="area")
+    return LabeledImages((small * 255).round().to(torch.uint8), chosen.labels, chosen.indices)
+
+
+def textures() -> LabeledImages:
+    """Gaussian random fields with the 1/f amplitude spectrum of photographs, each channel its own: no edges, no objects."""
+    generator = torch.Generator().manual_seed(0)
+    frequency = (torch.fft.fftfreq(32)[:, None].square() + torch.fft.rfftfreq(32)[None].square()).sqrt().clamp(min=1 / 32)
+    fields = torch.fft.irfft2(torch.fft.rfft2(torch.randn(COUNT, 3, 32, 32, generator=generator)) / frequency, s=(32, 32))
+    fields = fields / fields.std(dim=(1, 2, 3), keepdim=True) * 0.2 + 0.45
+    return LabeledImages((fields.clamp(0, 1) * 255).round().to(torch.uint8), torch.zeros(COUNT, dtype=torch.int64))
+
+
+AUXILIARY = {f"cifar10-{percent}%": (lambda percent=percent: cifar10(percent / 100)) for percent in (0.1, 1, 3.8, 10, 70, 100)}
+AUXILIARY |= {"cifar10-animals": lambda: classes(ANIMALS), "cifar10-vehicles": lambda: classes(VEHICLES)}
+AUXILIARY |= {"fashion": fashion, "imagenet": imagenet, "textures": textures}
+
+
+def train(folder: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    auxiliary = AUXILIARY[name]()
+    for kind, training in (("generator", train_generator), ("autoencoder", train_autoencoder)):
+        path = folder / f"{kind}-{name}.safetensors"
+        wanted = kind == "autoencoder" or name not in ("cifar10-0.1%", "cifar10-1%")
+        if wanted and not path.exists():
+            prior = training(auxiliary)
+            prior.provenance |= {"command": f"python data/train_priors.py {name}", "dataset": name, "made": provenance()}
+            print(prior.save(path), flush=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        train(Path(sys.argv[1]), name)
