@@ -60,6 +60,10 @@ def textures() -> LabeledImages:
 AUXILIARY = {f"cifar10-{percent}%": (lambda percent=percent: cifar10(percent / 100)) for percent in (0.1, 1, 3.8, 10, 70, 100)}
 AUXILIARY |= {"cifar10-animals": lambda: classes(ANIMALS), "cifar10-vehicles": lambda: classes(VEHICLES)}
 AUXILIARY |= {"fashion": fashion, "imagenet": imagenet, "textures": textures}
+VARIANTS = {f"cifar10-width{width}": {"width": width} for width in (6, 24)} | {f"cifar10-depth{depth}": {"depth": depth} for depth in (2, 4)}
+"""Other autoencoders on the 1,900 embedded images."""
+AUXILIARY |= {name: lambda: load_dataset("cifar10").auxiliary() for name in VARIANTS}
+AUTOENCODER_ONLY = ("cifar10-0.1%", "cifar10-1%", "fashion", "textures", *VARIANTS)
 
 
 def train(folder: Path, name: str) -> None:
@@ -67,9 +71,9 @@ def train(folder: Path, name: str) -> None:
     auxiliary = AUXILIARY[name]()
     for kind, training in (("generator", train_generator), ("autoencoder", train_autoencoder)):
         path = folder / f"{kind}-{name}.safetensors"
-        wanted = kind == "autoencoder" or name not in ("cifar10-0.1%", "cifar10-1%")
+        wanted = name not in (AUTOENCODER_ONLY if kind == "generator" else ("cifar10-3.8%", "cifar10-70%"))
         if wanted and not path.exists():
-            prior = training(auxiliary)
+            prior = training(auxiliary, **VARIANTS.get(name, {}))
             prior.provenance |= {"command": f"python data/train_priors.py {name}", "dataset": name, "made": provenance()}
             print(prior.save(path), flush=True)
 

@@ -397,7 +397,9 @@ def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Itera
     workers = min(workers or min(2, os.cpu_count() or 1), runs)
     with (
         dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": size for name, size in _KEEP_MEMORY.items()}),
-        distributed.LocalCluster(workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", memory_limit=0) as cluster,
+        distributed.LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", memory_limit=0
+        ) as cluster,
         distributed.Client(cluster) as client,
     ):
         yield client

@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 from gipip.data import LabeledImages
 from gipip.errors import LabelError, ModelError, UpdateError
+from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
 from gipip.models import ClientModel, check_client_model, model_fingerprint, trainable
 from gipip.progress import progress
 
@@ -183,14 +185,22 @@ def train_federated(
     learning_rate: float = 0.05,
     defenses: Sequence = (),
     seed: int = 0,
+    store: Path | str | None = None,
 ) -> ClientModel:
     """A copy of `model` trained by FedSGD on what clients share under `defenses`, in eval mode: what a defence leaves of its use.
 
     Each step a client with `batch_size` random images shares its update and the server takes a step of SGD with momentum 0.9, its rate
     falling to zero along a cosine. BatchNorm is in eval mode while clients compute, as DP-SGD needs it; its running statistics are set
-    anew from 200 of the images every 20 steps, and from all of them in the end.
+    anew from 200 of the images every 20 steps, and from all of them in the end. With a `store` (a folder) a finished training of the same
+    model and settings on the same images is loaded instead of repeated.
     """
+    settings = {"steps": steps, "batch size": batch_size, "learning rate": learning_rate, "seed": seed}
+    settings |= {"model": model_fingerprint(model), "data": images.fingerprint, "defenses": [defense.model_dump() for defense in defenses]}
+    path = Path(store) / "clients" / f"{fingerprint({}, canonical_json(settings))[:24]}.safetensors" if store else None
     model = copy.deepcopy(model)
+    if path and path.exists():
+        model.load_state_dict(read_tensors(path)[0])
+        return model.eval()
     parameters = tuple(trainable(model).values())
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -204,6 +214,8 @@ def train_federated(
         optimizer.step()
         schedule.step()
     _set_statistics(model, images)
+    if path:
+        write_tensors(path, model.state_dict(), settings)
     return model
 
 

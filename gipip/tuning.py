@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas
 
 from gipip.attacks import GIAS, GIPIP, Attack, GradInversion, InvertingGradients, LatentSearch
+from gipip.attacks.presets import RELEASED_OFFSETS
 from gipip.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
 from gipip.errors import DataError
 from gipip.experiments import Run, Scenario, sweep
 from gipip.files import DATA
-from gipip.priors import AnomalyScore, load_generator
+from gipip.priors import AnomalyScore, load_generator, load_prior
 
 Stage = Mapping[str, Sequence]
 TUNED = DATA / "tuned.json"
@@ -119,7 +120,8 @@ def _main(prior: AnomalyScore, iterations: int) -> Study:
     return Study(tuple(itertools.chain(*scenarios)), arms)
 
 
-_EQUAL = "GIPIP at equal TV weight"
+EQUAL = "GIPIP at equal TV weight"
+"""The arm that adds the anomaly score (c = 0) to tuned Inverting Gradients and changes nothing else."""
 _SMALL_TV = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 
 
@@ -127,7 +129,7 @@ def _with_and_without(prior: AnomalyScore, iterations: int, **settings) -> dict[
     """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without the anomaly score at equal total variation."""
     return {
         "InvertingGradients": Arm(InvertingGradients(iterations=iterations, **settings), (_SMALL_TV,)),
-        _EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": AS_WEIGHTS},), after="InvertingGradients"),
+        EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": AS_WEIGHTS},), after="InvertingGradients"),
     }
 
 
@@ -152,6 +154,22 @@ def _defenses(prior: AnomalyScore, iterations: int) -> Study:
     return Study(tuple(itertools.chain(*scenarios)), _with_and_without(prior, iterations, masked=True))
 
 
+def _variants(prior: AnomalyScore, iterations: int) -> Study:
+    arms = _with_and_without(prior, iterations)
+    others = {name: load_prior(f"cifar10-{name}").with_offset(0) for name in AUTOENCODERS}
+    others |= {"c calibrated": load_prior(), "c as released": prior.with_offset(RELEASED_OFFSETS["cifar10"])}
+    attacks = {name: GIPIP(prior=other, iterations=iterations) for name, other in others.items()}
+    attacks["c calibrated, per batch"] = attacks["c calibrated"].model_copy(update={"score_per": "batch"})
+    stages = ({"as_weight": AS_WEIGHTS},)
+    arms |= {name: Arm(attack, stages, after="InvertingGradients") for name, attack in attacks.items()}
+    arms["anomaly score alone"] = Arm(GIPIP(prior=prior, iterations=iterations, tv_weight=0), stages)
+    return Study(_tuning(2, model="convnet16", batch_size=4), arms)
+
+
+AUTOENCODERS = ("width6", "width24", "depth2", "depth4")
+"""The further autoencoders that 03_ablations compares."""
+
+
 def _gan(prior: AnomalyScore, iterations: int) -> Study:
     generator = load_generator("cifar10-3.8%")
     about = {"model": "convnet16", "statistics": "shared"}  # which only GradInversion looks at
@@ -172,13 +190,19 @@ def _gan(prior: AnomalyScore, iterations: int) -> Study:
     return Study(scenarios, arms)
 
 
-_STUDIES = {"main": (_main, 300), "conditions": (_conditions, 100), "defenses": (_defenses, 100), "gan": (_gan, 150)}
+_STUDIES = {  # how each is built, and the iterations of its attacks
+    "main": (_main, 300),
+    "conditions": (_conditions, 100),
+    "variants": (_variants, 100),
+    "defenses": (_defenses, 100),
+    "gan": (_gan, 150),
+}
 STUDIES = tuple(_STUDIES)
 
 
 def study(name: str, prior: AnomalyScore, iterations: int | None = None) -> Study:
     """A study whose results ship: "main" (Inverting Gradients and GIPIP in 02), "conditions" (batch sizes and trained clients in 03),
-    "defenses" (05), "gan" (GIAS and its opponents in 04). Raises DataError for another name.
+    "variants" (of the anomaly score, 03), "defenses" (05), "gan" (GIAS and its opponents in 04). Raises DataError for another name.
     """
     if name not in _STUDIES:
         raise DataError(f"Unknown study {name!r}. Known: {', '.join(STUDIES)}.")

@@ -41,6 +41,6 @@ class GIPIP(InvertingGradients):
         return cls(prior=prior.with_offset(RELEASED_OFFSETS[dataset]), **settings)
 
     @classmethod
-    def tuned(cls, condition: str, *, prior: AnomalyScore, **changes) -> "GIPIP":
-        """As for Inverting Gradients; they were tuned with c = 0, which they set."""
-        return super().tuned(condition, prior=prior.with_offset(0), **changes)
+    def tuned(cls, condition: str, *, prior: AnomalyScore, arm: str = "", **changes) -> "GIPIP":
+        """As for Inverting Gradients. The default arm was tuned with c = 0, which it sets; any other takes the prior as it is."""
+        return super().tuned(condition, arm=arm, prior=prior if arm else prior.with_offset(0), **changes)

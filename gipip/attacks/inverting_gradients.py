@@ -61,6 +61,9 @@ class InvertingGradients(Attack):
         return cls(**released("InvertingGradients", dataset, batch_size) | changes)
 
     @classmethod
-    def tuned(cls, condition: str, **changes) -> "InvertingGradients":
-        """Settings tuned on tuning images for a `Scenario.condition`, such as "cifar10/convnet/B=4"; `changes` override single ones."""
-        return cls(**tuned(cls.__name__, condition) | changes)
+    def tuned(cls, condition: str, *, arm: str = "", **changes) -> "InvertingGradients":
+        """Settings tuned on tuning images for a `Scenario.condition`, such as "cifar10/convnet/B=4"; `changes` override single ones.
+
+        `arm`: the name they were tuned under, by default the attack's; see `gipip.tuning`.
+        """
+        return cls(**tuned(arm or cls.__name__, condition) | changes)

@@ -113,7 +113,7 @@ def train_generator(
     *,
     width: int = 32,
     latent_size: int = 64,
-    steps: int = 4_000,
+    steps: int = 3_000,
     batch_size: int = 64,
     learning_rate: float = 4e-4,
     ema: float = 0.998,
