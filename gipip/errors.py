@@ -25,6 +25,10 @@ class UpdateError(GipipError):
     """A shared update is unusable: not finite, or from another model."""
 
 
+class DefenseError(GipipError):
+    """A defence lacks what it needs, or cannot be applied to the update."""
+
+
 class DamagedFileError(GipipError):
     """A file does not hold what was written to it."""
 
