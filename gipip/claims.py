@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from gipip.errors import DataError
+from gipip.experiments import Results
 from gipip.metrics import Interval, verdict
 
 _COLUMNS = dict(claim=str, compared=str, metric=str, images=int, batches=int, mean=float, low=float, high=float, verdict=str)
@@ -28,6 +29,12 @@ class Claim(NamedTuple):
     @property
     def verdict(self) -> str:
         return verdict(self.difference)
+
+
+def compare(results: Results, claim: str, compared: str, a: Mapping, b: Mapping, metrics: Sequence[str] = ("psnr", "ssim")) -> list[Claim]:
+    """A Claim for each metric: the paired difference a − b of the results that `a` and `b` select (see `Results.difference`)."""
+    images = len(results.select(**a).frame())
+    return [Claim(claim, compared, metric, images, results.difference(a, b, metric)) for metric in metrics]
 
 
 def save_claims(name: str, claims: Sequence[Claim], folder: Path | str) -> pd.DataFrame:

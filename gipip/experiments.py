@@ -328,7 +328,8 @@ class Results(Sequence):
         for (model, size), (question, arms), metric in itertools.product(scenarios, questions.items(), metrics):
             effect = self.effect(*arms, metric, model=model, batch_size=size)
             comparison = f"{model}, B = {size}, {question}"
-            rows.append({"comparison": comparison, "metric": metric, "effect": effect, "verdict": verdict(effect)})
+            images = effect.count * size
+            rows.append({"comparison": comparison, "metric": metric, "images": images, "effect": effect, "verdict": verdict(effect)})
         return pandas.DataFrame(rows)
 
 

@@ -125,6 +125,12 @@ EQUAL = "GIPIP at equal TV weight"
 _SMALL_TV = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 
 
+def with_and_without(condition: str, prior: AnomalyScore, **changes) -> dict[str, Attack]:
+    """{"without": tuned Inverting Gradients, "with": the same λ_TV and the anomaly score with its tuned weight, c = 0} for a condition."""
+    ours = GIPIP.tuned(condition, arm=EQUAL, prior=prior.with_offset(0), **changes)
+    return {"without": InvertingGradients.tuned(condition, **changes), "with": ours}
+
+
 def _with_and_without(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
     """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without the anomaly score at equal total variation."""
     return {
@@ -166,7 +172,7 @@ def _variants(prior: AnomalyScore, iterations: int) -> Study:
     return Study(_tuning(2, model="convnet16", batch_size=4), arms)
 
 
-AUTOENCODERS = ("width6", "width24", "depth2", "depth4")
+AUTOENCODERS = ("width6", "depth2", "depth4")
 """The further autoencoders that 03_ablations compares."""
 
 
