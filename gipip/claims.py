@@ -82,10 +82,12 @@ def write_readme_section(readme: Path | str, table: pd.DataFrame) -> bool:
     text = readme.read_bytes().decode() if readme.is_file() else ""
     if not _SECTION.search(text):
         return False
-    lines = list(_HEADER)
+    lines = []
     for claim, rows in table.groupby("claim", sort=False):
-        lines += [_line(f"**{claim}**", "", "", "", ""), *(_judged(row) for row in rows.itertuples())]
-    _write(readme, _SECTION.sub(lambda _: "\n" + "\n".join(lines) + "\n\n", text, count=1))
+        verdicts = ", ".join(f"{count} {judged}" for judged, count in rows["verdict"].value_counts().sort_index(ascending=False).items())
+        lines += [f"**{claim}.** Comparisons: {len(rows)}; {verdicts}.", "", "<details><summary>The comparisons</summary>", "", *_HEADER]
+        lines += [*(_judged(row) for row in rows.itertuples()), "", "</details>", ""]
+    _write(readme, _SECTION.sub(lambda _: "\n" + "\n".join(lines) + "\n", text, count=1))
     return True
 
 

@@ -118,14 +118,19 @@ def test_the_readme_shows_each_claim_with_its_differences_in_their_units(tmp_pat
     assert write_readme_section(readme, save_claims("02_inversion", claims, tmp_path))
     assert readme.read_text(encoding="utf-8") == "\n".join([
         "# Title", "", "before", "", START, "",
+        "**1 The score helps.** Comparisons: 2; 1 undecided at this scale, 1 supported.",
+        "", "<details><summary>The comparisons</summary>", "",
         "| compared | metric | images / batches | difference | verdict |",
         "|---|---|---|---|---|",
-        "| **1 The score helps** |  |  |  |  |",
         "| GIPIP − IG, B = 4 | psnr | 24 / 6 | +1.57 [+0.48, +2.77] dB | supported |",
         "| IG − GIPIP, \\|ΔW\\| = 1 | lpips | 24 / 8 | −0.020 [−0.044, +0.001] | undecided at this scale |",
-        "| **2 Survives** |  |  |  |  |",
+        "", "</details>", "",
+        "**2 Survives.** Comparisons: 1; 1 undecided at this scale.",
+        "", "<details><summary>The comparisons</summary>", "",
+        "| compared | metric | images / batches | difference | verdict |",
+        "|---|---|---|---|---|",
         "| GIPIP − IG, B = 4 | accuracy | 4 / 1 | +0.250 (no interval) | undecided at this scale |",
-        "", END, "", "after", "",
+        "", "</details>", "", END, "", "after", "",
     ])  # fmt: skip
 
 
