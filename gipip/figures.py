@@ -1,17 +1,23 @@
 """The figures of gipip in one style, and their files: picture (PNG), vector (PDF) and the numbers drawn (CSV)."""
 
+import itertools
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox, BboxBase, ScaledTranslation
 from torch import Tensor
 
 from gipip.metrics import Interval, bootstrap_interval
@@ -133,7 +139,7 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor] | Tensor], width: f
     histories = {arm: history if isinstance(history, Mapping) else {"cost": history} for arm, history in histories.items()}
     terms = list(dict.fromkeys(term for history in histories.values() for term in history))
     figure, grid = plt.subplots(1, len(terms), squeeze=False, figsize=(width, 2.4), layout="constrained")
-    colors = dict(zip(histories, seaborn.color_palette(n_colors=len(histories)), strict=True))
+    colors = _colors(histories)
     for axes, term in zip(grid[0], terms, strict=True):
         for arm, history in histories.items():
             if term in history:
@@ -142,8 +148,7 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor] | Tensor], width: f
         scale = "log" if axes.dataLim.y1 > 0 else "linear"  # a term of weight 0 is all 0
         axes.set(title=term, xlabel="evaluation", xscale="log", yscale=scale)
     grid[0, 0].set_ylabel("weighted cost")
-    handles = {label: line for axes in grid[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+    _draw_legend(figure, columns=4)
     figure.data_drawn = pd.concat(
         pd.DataFrame({"arm": arm, "term": term, "value": values.detach().cpu().numpy()}).rename_axis("iteration").reset_index()
         for arm, history in histories.items()
@@ -159,30 +164,151 @@ def interval_bars(
 
     `groups`: the column that says which images were reconstructed together (see `bootstrap_interval`); None treats rows as independent.
     """
-    table = pd.DataFrame(
-        {x: key[0], hue: key[1]} | bootstrap_interval(part[y], groups=part[groups] if groups else None)._asdict()
-        for key, part in frame.groupby([x, hue], sort=False)
-    )
-    positions = {value: position for position, value in enumerate(table[x].unique())}
-    arms = list(table[hue].unique())
+    table = _intervals(frame, x, y, hue, groups)
     figure, axes = plt.subplots(figsize=(width, 2.6), layout="constrained")
-    for index, (arm, color) in enumerate(zip(arms, seaborn.color_palette(n_colors=len(arms)), strict=True)):
-        part = table[table[hue] == arm]
-        center = part[x].map(positions) + (index - (len(arms) - 1) / 2) * 0.8 / len(arms)
-        errors = [(part["mean"] - part["low"]).fillna(0), (part["high"] - part["mean"]).fillna(0)]
-        axes.bar(center, part["mean"], 0.8 / len(arms), color=color, label=arm, yerr=errors, error_kw={"capsize": 2, "linewidth": 0.9})
-    axes.set_xticks(list(positions.values()), [str(value) for value in positions])
+    _draw_bars(axes, table, x, hue, _places(table[x]), _colors(table[hue]))
     axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
     axes.set_title(f"bars: mean; lines: 95 % bootstrap interval\n{_counted(table['count'], groups)} each", fontsize=7)
-    axes.grid(axis="x", visible=False)
-    figure.legend(loc="outside upper center", ncols=min(3, len(arms)), frameon=False)
+    _draw_legend(figure, columns=3)
     figure.data_drawn = table
     return figure
 
 
-def _counted(counts: pd.Series, groups: str | None) -> str:
-    number = "–".join(str(count) for count in dict.fromkeys([counts.min(), counts.max()]))
-    return f"{number} independent {'batches' if groups else 'images'}"
+def interval_lines(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    groups: str | None = "batch",
+    width: float = COLUMN,
+    xlabel: str | None = None,
+    xscale: Literal["category", "linear", "log", "symlog"] = "linear",
+) -> Figure:
+    """The mean of column `y` over `x`, a line for each value of `hue`, with 95 % bootstrap intervals as error bars.
+
+    The lines stand three points apart, so that error bars do not hide each other. `xscale`: "category" spaces the values of `x` equally, in
+    the order of the table; "log" and "symlog" (linear up to the least positive value) have a tick at each value. `groups`: see
+    `interval_bars`. Raises ValueError for x ≤ 0 on a "log" axis.
+    """
+    table = _intervals(frame, x, y, hue, groups)
+    colors = _colors(table[hue])
+    places = _places(table[x]) if xscale == "category" else {value: value for value in table[x]}
+    figure, axes = plt.subplots(figsize=(width, 2.6), layout="constrained")
+    _scale_x(axes, places, xscale)
+    for index, ((arm, color), marker) in enumerate(zip(colors.items(), itertools.cycle(_MARKERS), strict=False)):
+        part = table[table[hue] == arm].sort_values(x, key=lambda values: values.map(places))
+        errors = _reach(part["mean"], part["low"], part["high"])
+        line = axes.errorbar(part[x].map(places), part["mean"], errors, color=color, marker=marker, markersize=4, capsize=2, label=arm)
+        aside = ScaledTranslation((index - (len(colors) - 1) / 2) * 3 / 72, 0, figure.dpi_scale_trans)
+        for artist in line.get_children():
+            artist.set_transform(axes.transData + aside)
+    axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
+    axes.set_title(f"points: mean; bars: 95 % bootstrap interval\n{_counted(table['count'], groups)} each", fontsize=7)
+    _draw_legend(figure, columns=3)
+    figure.data_drawn = table
+    return figure
+
+
+def published_bars(
+    frame: pd.DataFrame,
+    published: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    groups: str | None = "batch",
+    width: float = PAGE,
+    xlabel: str | None = None,
+    titles: tuple[str, str] = ("published (ImageNet 64×64, ResNet18)", "this reproduction"),
+) -> Figure:
+    """Published values (left) beside those of `frame` (right, as `interval_bars`), on one scale; `titles` name the settings.
+
+    `published`: columns `x`, `hue` and `y`, a row for each bar (see `gipip.published`). Both panels have all values of `x`, ascending if
+    they are numbers, with a gap where a panel has none. Equal values of `hue` have one colour.
+    """
+    tables = {titles[0]: published[[x, hue, y]].rename(columns={y: "mean"}), titles[1]: _intervals(frame, x, y, hue, groups)}
+    drawn = pd.concat(tables, names=["panel"]).reset_index("panel")
+    places = _places(drawn[x].sort_values() if pd.api.types.is_numeric_dtype(drawn[x]) else drawn[x])
+    notes = ["bars: read from the published chart\nno intervals", "bars: mean; lines: 95 % bootstrap interval\n"]
+    notes[1] += f"{_counted(tables[titles[1]]['count'], groups)} each"
+    figure, panels = plt.subplots(1, 2, figsize=(width, 2.8), sharex=True, sharey=True, layout="constrained")
+    for axes, title, note in zip(panels, titles, notes, strict=True):
+        _draw_bars(axes, drawn[drawn["panel"] == title], x, hue, places, _colors(drawn[hue]))
+        axes.set(xlabel=x if xlabel is None else xlabel)
+        axes.set_title(f"{title}\n{note}", fontsize=8)
+    panels[0].set_ylabel(LABELS.get(y, y))
+    _draw_legend(figure, columns=4)
+    figure.data_drawn = drawn
+    return figure
+
+
+def tradeoff(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    label: str,
+    hue: str,
+    *,
+    width: float = PAGE,
+    xlabel: str | None = None,
+    ylabel: str | None = None,
+) -> Figure:
+    """A point for each row of `frame` at columns `x` and `y`, such as utility and privacy, with the text of column `label` beside it.
+
+    `hue`: the column that gives colour and marker. Error bars, in either direction, are 95 % bootstrap intervals, whose ends are read from
+    the columns "{x}_low", "{x}_high", "{y}_low", "{y}_high" where there are any; nan means none. Raises ValueError for missing values.
+    """
+    _require_values(frame, x, y)
+    intervals = {name: [f"{name}_low", f"{name}_high"] for name in (x, y) if {f"{name}_low", f"{name}_high"} <= set(frame)}
+    figure, axes = plt.subplots(figsize=(width, 3.4), layout="constrained")
+    for (arm, color), marker in zip(_colors(frame[hue]).items(), itertools.cycle(_MARKERS), strict=False):
+        part = frame[frame[hue] == arm]
+        reach = {name: _reach(part[name], *(part[end] for end in ends)) for name, ends in intervals.items()}
+        style = {"color": color, "marker": marker, "markersize": 5, "linestyle": "", "elinewidth": 0.9, "capsize": 2}
+        axes.errorbar(part[x], part[y], reach.get(y), reach.get(x), label=arm, **style)
+    axes.margins(0.1)
+    axes.set(xlabel=LABELS.get(x, x) if xlabel is None else xlabel, ylabel=LABELS.get(y, y) if ylabel is None else ylabel)
+    if intervals:
+        axes.set_title("points: mean; bars: 95 % bootstrap interval\nover independent batches", fontsize=7)
+    _draw_legend(figure, columns=int(width / 1.4))
+    _label_points(axes, frame[[x, y]].to_numpy(float), frame[label])
+    figure.data_drawn = frame[[label, hue, x, *intervals.get(x, []), y, *intervals.get(y, [])]]
+    return figure
+
+
+def heatmap(
+    frame: pd.DataFrame,
+    rows: str,
+    columns: str,
+    value: str,
+    *,
+    label: str,
+    width: float = COLUMN,
+    rows_label: str | None = None,
+    columns_label: str | None = None,
+    best: Literal["highest", "lowest"] = "highest",
+    decimals: int = 2,
+) -> Figure:
+    """The mean of column `value` for each pair of values of `rows` and `columns`, as numbers on colours; the best mean is outlined.
+
+    `label` names the value with its unit, beside the colour bar. Pairs without a row stay blank. Raises ValueError for missing values.
+    """
+    _require_values(frame, value)
+    table = frame.groupby([rows, columns])[value].agg(["mean", "count"]).reset_index()
+    grid = table.pivot(index=rows, columns=columns, values="mean")
+    figure, axes = plt.subplots(figsize=(width, 0.9 + 0.3 * len(grid)), layout="constrained")
+    colors = "cividis" if best == "highest" else "cividis_r"  # either way the best cell is bright and its outline dark
+    texts = {"xticklabels": list(map(_text, grid.columns)), "yticklabels": list(map(_text, grid.index)), "annot_kws": {"fontsize": 7}}
+    seaborn.heatmap(grid, ax=axes, cmap=colors, annot=True, fmt=f".{decimals}f", linewidths=0.5, cbar_kws={"label": label}, **texts)
+    row, column = np.argwhere(grid == (np.nanmax(grid) if best == "highest" else np.nanmin(grid)))[0]
+    axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
+    axes.set(xlabel=columns if columns_label is None else columns_label, ylabel=rows if rows_label is None else rows_label)
+    axes.tick_params(axis="y", rotation=0)
+    axes.grid(visible=False)
+    axes.set_title(f"cells: mean; outlined: the {best}", fontsize=7)
+    figure.data_drawn = table
+    return figure
 
 
 def paired_effect(effects: Mapping[str, Interval], label: str, *, width: float = PAGE, decimals: int = 2) -> Figure:
@@ -201,3 +327,108 @@ def paired_effect(effects: Mapping[str, Interval], label: str, *, width: float =
     axes.grid(axis="y", visible=False)
     figure.data_drawn = pd.DataFrame({"effect": name, **effect._asdict()} for name, effect in effects.items())
     return figure
+
+
+_MARKERS = "osD^vPX"
+
+
+def _intervals(frame: pd.DataFrame, x: str, y: str, hue: str, groups: str | None) -> pd.DataFrame:
+    """The Interval of `y` for each pair of values of `x` and `hue`, a row each, in the order of the frame."""
+    return pd.DataFrame(
+        {x: key[0], hue: key[1]} | bootstrap_interval(part[y], groups=part[groups] if groups else None)._asdict()
+        for key, part in frame.groupby([x, hue], sort=False)
+    )
+
+
+def _draw_bars(axes: Axes, table: pd.DataFrame, x: str, hue: str, places: Mapping[Hashable, int], colors: Mapping[Hashable, tuple]) -> None:
+    """Bars of a table of intervals, those of a value of `x` side by side in the order of `colors`; without an interval no error bar."""
+    arms = [arm for arm in colors if arm in set(table[hue])]
+    width = 0.8 / len(arms)
+    for index, arm in enumerate(arms):
+        part = table[table[hue] == arm]
+        center = part[x].map(places) + (index - (len(arms) - 1) / 2) * width
+        errors = _reach(part["mean"], part["low"], part["high"])
+        axes.bar(center, part["mean"], width, color=colors[arm], label=arm, yerr=errors, error_kw={"capsize": 2, "linewidth": 0.9})
+    _scale_x(axes, places, "category")
+    axes.grid(axis="x", visible=False)
+
+
+def _scale_x(axes: Axes, places: Mapping[Hashable, float], xscale: str) -> None:
+    """Set the scale of the x axis and, unless it is linear, a tick for each of `places` (value: place on the axis)."""
+    if xscale == "log" and min(places) <= 0:
+        raise ValueError(f"A logarithmic axis cannot show the value {min(places)}: pass xscale='symlog' or 'category'.")
+    if xscale == "symlog":
+        axes.set_xscale("symlog", linthresh=min(abs(value) for value in places if value))
+    elif xscale != "category":
+        axes.set_xscale(xscale)
+    if xscale != "linear":
+        axes.set_xticks(list(places.values()), [_text(value) for value in places])
+        axes.minorticks_off()
+
+
+def _places(values: Iterable[Hashable]) -> dict[Hashable, int]:
+    """Places 0, 1, 2, … of categories, which may be repeated, in the order in which they first occur."""
+    return {value: place for place, value in enumerate(dict.fromkeys(values))}
+
+
+def _colors(arms: Iterable[Hashable]) -> dict[Hashable, tuple]:
+    """Colours of the arms, which may be repeated, in the order in which they first occur."""
+    arms = list(dict.fromkeys(arms))
+    return dict(zip(arms, seaborn.color_palette(n_colors=len(arms)), strict=True))
+
+
+def _text(value: Hashable) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _reach(center: pd.Series, low: pd.Series, high: pd.Series) -> list[pd.Series]:
+    """Lengths of error bars below and above `center`: nan (not drawn) without an interval; within rounding error of 0 they are 0."""
+    return [length.mask(length.abs() < 1e-9, 0.0) for length in (center - low, high - center)]
+
+
+def _draw_legend(figure: Figure, columns: int) -> None:
+    """One legend for all panels, above them."""
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(columns, len(handles)), frameon=False)
+
+
+def _label_points(axes: Axes, points: Float[np.ndarray, "points 2"], labels: Iterable[str]) -> None:
+    """Write a label beside each point, where it least covers points and earlier labels and least leaves the axes."""
+    axes.figure.draw_without_rendering()  # settles where the axes are
+    taken = [Bbox.from_bounds(*(pixel - 5), 10, 10) for pixel in axes.transData.transform(points)]
+    for point, label in zip(points, labels, strict=True):
+        note = axes.annotate(str(label), tuple(point), (0, 0), textcoords="offset points", fontsize=7, path_effects=_HALO)
+        hidden = {side: _hidden(_moved(note, side), taken, axes.bbox) for side in _SIDES}
+        taken.append(_moved(note, min(hidden, key=hidden.get)))
+
+
+_HALO = [withStroke(linewidth=2, foreground="white")]  # keeps a label legible where it crosses an error bar
+_SIDES = [(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
+"""Where a label can stand: right or left, above or below; diagonals, which avoid error bars, first."""
+
+
+def _moved(note: Annotation, side: tuple[int, int]) -> Bbox:
+    """Move a label to a side of its point; where it then is, in pixels."""
+    note.set(position=(5 * side[0], 4 * side[1]), ha=["center", "left", "right"][side[0]], va=["center", "bottom", "top"][side[1]])
+    return note.get_window_extent()
+
+
+def _hidden(box: BboxBase, taken: Iterable[BboxBase], frame: BboxBase) -> float:
+    """Area in square pixels of what a label covers and of what of it lies outside the frame."""
+    return sum(_common(box, other) for other in taken) + box.width * box.height - _common(box, frame)
+
+
+def _common(first: BboxBase, second: BboxBase) -> float:
+    common = Bbox.intersection(first, second)
+    return common.width * common.height if common else 0.0
+
+
+def _require_values(frame: pd.DataFrame, *columns: str) -> None:
+    missing = [column for column in columns if not np.isfinite(frame[column]).all()]
+    if missing:
+        raise ValueError(f"The columns {missing} have missing or infinite values, which a figure would leave out without a word.")
+
+
+def _counted(counts: pd.Series, groups: str | None) -> str:
+    number = "–".join(str(count) for count in dict.fromkeys([counts.min(), counts.max()]))
+    return f"{number} independent {'batches' if groups else 'images'}"

@@ -1,0 +1,20 @@
+"""What the paper published, to set beside what is measured here: `data/published.json`."""
+
+import json
+
+import pandas as pd
+
+from gipip.files import DATA
+
+
+def published(chart: str) -> pd.DataFrame:
+    """The paper's SSIM over "batch size", "noise" (σ), "sparsity" or "epochs" (of training of the global model): a row for each bar.
+
+    Columns: the chart's name, `anomaly score` ("without", "with") and `ssim`. The bars were measured from the charts of Sun et al., GI-PIP,
+    ICASSP 2024: ImageNet 64×64, B = 1 where B is not the axis. Raises ValueError for any other chart.
+    """
+    charts = json.loads((DATA / "published.json").read_text(encoding="utf-8"))["charts"]
+    if chart not in charts:
+        raise ValueError(f"The paper has no chart over {chart!r}. Known: {', '.join(charts)}.")
+    table = pd.DataFrame(charts[chart]).rename(columns={"values": chart})
+    return table.melt(chart, ["without", "with"], var_name="anomaly score", value_name="ssim")
