@@ -72,7 +72,7 @@ def _try(scenarios, name: str, attack: Attack, stage: Stage, settings: dict, swe
     runs, where = [], []
     for scenario, point in itertools.product(scenarios, points):
         chosen = settings[scenario.condition][name] | point
-        runs.append(Run(name, scenario, attack.model_copy(update=chosen)))
+        runs.append(Run(name, scenario, type(attack)(**dict(attack) | chosen)))
         where.append((scenario.condition, json.dumps(chosen)))
     metrics = ["psnr", "ssim", "lpips"]
     results = [result.metrics[metrics].mean() for result in sweep(runs, **sweep_options)]
@@ -178,19 +178,18 @@ AUTOENCODERS = ("width6", "depth2", "depth4")
 
 def _gan(prior: AnomalyScore, iterations: int) -> Study:
     generator = load_generator("cifar10-3.8%")
-    about = {"model": "convnet16", "statistics": "shared"}  # which only GradInversion looks at
-    scenarios = (*_tuning(4, **about), *_tuning(2, batch_size=4, **about))
+    scenarios = _tuning(2, model="convnet16", batch_size=4, statistics="shared")  # which only GradInversion looks at
     weights = {"tv_weight": (3e-4, 1e-3, 3e-3, 1e-2)}
     arms = {
         "GIPIP": Arm(GIPIP(prior=prior, iterations=iterations), (_SMALL_TV, {"as_weight": AS_WEIGHTS}, _SMALL_TV)),
         "LatentSearch": Arm(LatentSearch(prior=generator, iterations=iterations), (weights, {"learning_rate": (0.03, 0.1, 0.3)})),
         "GIAS": Arm(
-            GIAS(prior=generator, iterations=iterations),
+            GIAS(prior=generator, iterations=iterations, latent_iterations=iterations),
             ({"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)}, weights, {"latent_learning_rate": (0.03, 0.3)}),
         ),
         "GradInversion": Arm(
             GradInversion(iterations=iterations),
-            ({"statistics_weight": (0.01, 0.1, 1.0)}, {"tv_weight": _SMALL_TV["tv_weight"][:4]}, {"group_weight": (0.0, 0.01, 0.1)}),
+            ({"statistics_weight": (0.01, 0.1, 1.0)}, {"tv_weight": (3e-3, 1e-2, 3e-2)}, {"group_weight": (0.0, 0.1)}),
         ),
     }
     return Study(scenarios, arms)
@@ -201,7 +200,7 @@ _STUDIES = {  # how each is built, and the iterations of its attacks
     "conditions": (_conditions, 100),
     "variants": (_variants, 100),
     "defenses": (_defenses, 100),
-    "gan": (_gan, 150),
+    "gan": (_gan, 100),
 }
 STUDIES = tuple(_STUDIES)
 
