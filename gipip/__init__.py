@@ -3,20 +3,22 @@
 `import gipip` gives what the notebooks use; the README shows it in ten lines.
 """
 
-from gipip.attacks import ATTACKS, DLG, GIPIP, Attack, InvertingGradients, Reconstruction
+from gipip.attacks import ATTACKS, DLG, GIAS, GIPIP, Attack, GradInversion, InvertingGradients, LatentSearch, Reconstruction
 from gipip.data import Dataset, LabeledImages, load_dataset
+from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
 from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
 from gipip.explorer import explore
-from gipip.federation import Client, SharedUpdate
+from gipip.federation import Client, FedAvg, SharedUpdate, train_federated
 from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
-from gipip.models import ClientModel, build_model, client_model
-from gipip.priors import AnomalyScore, Autoencoder, load_prior, train_autoencoder
+from gipip.models import ClientModel, build_model, client_model, load_model
+from gipip.priors import AnomalyScore, Autoencoder, GenerativePrior, load_generator, load_prior, train_autoencoder, train_generator
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ATTACKS", "AnomalyScore", "Attack", "Autoencoder", "Client", "ClientModel", "DLG", "Dataset", "GIPIP", "Interval",
-    "InvertingGradients", "LabeledImages", "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario",
-    "SharedUpdate", "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "explore", "load_dataset",
-    "load_prior", "paired_difference", "sweep", "train_autoencoder", "verdict",
+    "ATTACKS", "AnomalyScore", "Attack", "Autoencoder", "Client", "ClientModel", "Clipping", "DLG", "DPSGD", "Dataset", "FedAvg", "GIAS",
+    "GIPIP", "GaussianNoise", "GenerativePrior", "GradInversion", "Interval", "InvertingGradients", "LabeledImages", "LatentSearch",
+    "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario", "SharedUpdate", "Soteria", "Sparsification",
+    "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "explore", "load_dataset", "load_generator", "load_model",
+    "load_prior", "paired_difference", "sweep", "train_autoencoder", "train_federated", "train_generator", "verdict",
 ]  # fmt: skip

@@ -40,6 +40,11 @@ class AttackName(StrEnum):
     gipip = "gipip"
     ig = "ig"
     dlg = "dlg"
+    gias = "gias"
+    gradinversion = "gradinversion"
+
+
+_ATTACKS = dict(zip(AttackName, (gipip.GIPIP, gipip.InvertingGradients, gipip.DLG, gipip.GIAS, gipip.GradInversion), strict=True))
 
 
 class Labels(StrEnum):
@@ -84,12 +89,15 @@ def reproduce(
 @app.command()
 def attack(
     images: Annotated[list[Path], typer.Argument(help="Pictures, which one client holds as its batch.", metavar="IMAGE")],
-    attack: Annotated[AttackName, typer.Option(help="GI-PIP, Inverting Gradients, or Deep Leakage from Gradients.")] = AttackName.gipip,
+    attack: Annotated[AttackName, typer.Option(help="For gradinversion the client shares statistics of the batch.")] = AttackName.gipip,
     model: Annotated[str, typer.Option(help="The client's untrained network: resnet18, convnet or lenet.")] = "convnet",
     iterations: Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser.", show_default="the attack's")] = None,
     labels: Annotated[Labels, typer.Option(help="Whether the client shares its labels (0, 1, 2, …) with the gradient.")] = Labels.given,
     size: Annotated[int, typer.Option(min=32, help="Pixels a side to which pictures are cropped and scaled.")] = 32,
-    prior: Annotated[Path | None, typer.Option(help="File by `gipip train-prior`.", show_default="the one that ships")] = None,
+    prior: Annotated[Path | None, typer.Option(help="GI-PIP's, by `gipip train-prior`.", show_default="the one that ships")] = None,
+    generator: Annotated[Path | None, typer.Option(help="GIAS's, by `gipip train-generator`.", show_default="the one that ships")] = None,
+    noise: Annotated[float, typer.Option(min=0, help="Standard deviation of the noise that the client adds to its gradient.")] = 0,
+    sparsity: Annotated[float, typer.Option(min=0, max=0.999, help="Share of its gradient's entries that the client sets to 0.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random start.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder of the comparison picture.")] = Path("results/attack"),
 ):
@@ -100,8 +108,15 @@ def attack(
     batch = load_images(images, size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     client = gipip.build_model(model, max(10, len(batch)), image_size=size).to(device)
-    inverter = _build_attack(attack, model, len(batch), size, prior, {"seed": seed} | ({"iterations": iterations} if iterations else {}))
-    result = inverter(client, gipip.Client(client).share(batch, labels=labels.value))
+    defenses = [*([gipip.GaussianNoise(std=noise)] if noise else []), *([gipip.Sparsification(sparsity=sparsity)] if sparsity else [])]
+    condition = gipip.Scenario(model=model, batch_size=len(batch), defenses=defenses).condition
+    settings = {"seed": seed} | ({"iterations": iterations} if iterations else {}) | _prior(attack, prior, generator, size)
+    if sparsity and attack is not AttackName.dlg:
+        settings["masked"] = True
+    inverter = _tuned_or_default(_ATTACKS[attack], condition, settings)
+    statistics = "shared" if attack is AttackName.gradinversion else "withheld"
+    update = gipip.Client(client).share(batch, labels=labels.value, statistics=statistics, defenses=defenses)
+    result = inverter(client, update)
     metrics = gipip.evaluate(result, batch, model=client).assign(image=[path.name for path in images])
     typer.echo("\nAssumptions: " + "; ".join(f"{name}: {value}" for name, value in result.assumptions.items()))
     for note in result.notes:
@@ -113,25 +128,28 @@ def attack(
     typer.echo(f"Picture: {save_figure(f'{attack.value}-{model}', figure, metrics, output).png}")
 
 
-def _build_attack(name: AttackName, model: str, batch_size: int, size: int, prior_file: Path | None, changes: dict):
-    """The attack, with tuned weights where there are any for this model and batch size, else with its defaults."""
-    if name is AttackName.dlg:
-        return gipip.DLG(**changes)
-    kind = gipip.GIPIP if name is AttackName.gipip else gipip.InvertingGradients
-    if kind is gipip.GIPIP:
-        changes["prior"] = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
-        _check_size(changes["prior"], size)
-    try:
-        return kind.tuned(f"cifar10/{model}/B={batch_size}", **changes)
-    except DataError:
-        typer.echo(f"No weights were tuned for {model} and {batch_size} images: taking the attack's defaults.")
-        return kind(**changes)
-
-
-def _check_size(prior, size: int) -> None:
+def _prior(name: AttackName, prior_file: Path | None, generator_file: Path | None, size: int) -> dict:
+    """What the attack knows of natural images, as a setting."""
+    if name is AttackName.gias:
+        return {"prior": gipip.GenerativePrior.load(generator_file) if generator_file else gipip.load_generator("cifar10-3.8%")}
+    if name is not AttackName.gipip:
+        return {}
+    prior = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
     step = 2**prior.autoencoder.depth
     if size % step:
         raise DataError(f"--size {size} does not fit the autoencoder, which needs a multiple of {step}.")
+    return {"prior": prior}
+
+
+def _tuned_or_default(kind: type[gipip.Attack], condition: str, settings: dict) -> gipip.Attack:
+    """The attack, with tuned weights where there are any for the condition, else with its defaults."""
+    if kind is gipip.DLG:  # which has no weights
+        return kind(**settings)
+    try:
+        return kind.tuned(condition, **settings)
+    except DataError:
+        typer.echo(f"No weights of {kind.__name__} were tuned for {condition}: taking the attack's defaults.")
+        return kind(**settings)
 
 
 @app.command()
@@ -150,29 +168,64 @@ def data(name: Annotated[str | None, typer.Argument(help="cifar10: download and 
     typer.echo(f"The full CIFAR-10:\n  {state}")
 
 
+DataOption = Annotated[str, typer.Option(help="cifar10, or a folder in the layout FOLDER/class/image; half of it stays private.")]
+FractionOption = Annotated[float | None, typer.Option(help="Share of the images.", show_default="CIFAR-10: 0.038, folder: all")]
+FullOption = Annotated[bool, typer.Option("--full", help="Draw from the full CIFAR-10, after `gipip data cifar10`.")]
+SizeOption = Annotated[int | None, typer.Option(min=8, help="Pixels a side.", show_default="CIFAR-10: 32, folder: 64")]
+OutputOption = Annotated[Path, typer.Option(help="File to write.")]
+SeedOption = Annotated[int, typer.Option(help="Of the auxiliary images, the first weights and the batches.")]
+
+
+def _load_data(data: str, size: int | None, full: bool) -> gipip.Dataset:
+    folder = None if data == "cifar10" else data
+    return gipip.load_dataset("folder" if folder else data, root=folder, size=size, full=full)
+
+
 @app.command()
 def train_prior(
-    data: Annotated[str, typer.Option(help="cifar10, or a folder in the layout FOLDER/class/image; half of it stays private.")] = "cifar10",
-    fraction: Annotated[float | None, typer.Option(help="Share of the images.", show_default="CIFAR-10: 0.038, folder: all")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Draw from the full CIFAR-10, after `gipip data cifar10`.")] = False,
+    data: DataOption = "cifar10",
+    fraction: FractionOption = None,
+    full: FullOption = False,
     steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer if the validation loss stops falling.")] = 6_000,
     width: Annotated[int, typer.Option(min=1, help="Channels of the first layer.")] = 12,
     depth: Annotated[int, typer.Option(min=1, help="Layers that halve the image.")] = 3,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels a side.", show_default="CIFAR-10: 32, folder: 64")] = None,
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("results/autoencoder.safetensors"),
-    seed: Annotated[int, typer.Option(help="Of the auxiliary images, the first weights and the batches.")] = 0,
+    size: SizeOption = None,
+    output: OutputOption = Path("results/autoencoder.safetensors"),
+    seed: SeedOption = 0,
 ):
     """Train the autoencoder of GI-PIP's anomaly score on auxiliary images."""
-    folder = None if data == "cifar10" else data
-    dataset = gipip.load_dataset("folder" if folder else data, root=folder, size=size, full=full)
+    dataset = _load_data(data, size, full)
     if dataset.image_size % 2**depth:
         raise DataError(f"Images of {dataset.image_size} pixels cannot be halved {depth} times. Choose a --size or --depth that fits.")
     auxiliary = dataset.auxiliary(fraction, seed=seed)
     prior = gipip.train_autoencoder(auxiliary, width=width, depth=depth, steps=steps, seed=seed)
-    prior.provenance["dataset"] = dataset.name
-    typer.echo(f"Trained on {len(auxiliary):,} images of {dataset.name}.")
     losses = prior.provenance["history"]["validation"]
-    typer.echo(f"Lowest validation loss {min(losses, default=float('nan')):.5f}; offset c {prior.offset:.5f}")
+    result = f"Lowest validation loss {min(losses, default=float('nan')):.5f}; offset c {prior.offset:.5f}"
+    _save_prior(prior, dataset, output, result)
+
+
+@app.command()
+def train_generator(
+    data: DataOption = "cifar10",
+    fraction: FractionOption = None,
+    full: FullOption = False,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps; the best checkpoint is kept.")] = 3_000,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the last hidden layer.")] = 32,
+    size: SizeOption = None,
+    output: OutputOption = Path("results/generator.safetensors"),
+    seed: SeedOption = 0,
+):
+    """Train the generator of GIAS on auxiliary images."""
+    dataset = _load_data(data, size, full)
+    prior = gipip.train_generator(dataset.auxiliary(fraction, seed=seed), width=width, steps=steps, seed=seed)
+    distance = min(prior.provenance["history"]["kernel distance"])
+    _save_prior(prior, dataset, output, f"Kernel distance to the auxiliary images {distance:.5f}")
+
+
+def _save_prior(prior: gipip.AnomalyScore | gipip.GenerativePrior, dataset: gipip.Dataset, output: Path, result: str) -> None:
+    prior.provenance["dataset"] = dataset.name
+    typer.echo(f"Trained on {prior.provenance['images']:,} images of {dataset.name}.")
+    typer.echo(result)
     typer.echo(f"Saved: {prior.save(output)}")
 
 

@@ -68,7 +68,7 @@ def local_update(
     return tuple((before - after) / scale for before, after in zip(parameters.values(), current.values(), strict=True))
 
 
-Statistics = tuple[tuple[Float[Tensor, "channels"], Float[Tensor, "channels"]], ...]
+Statistics = tuple[tuple[Float[Tensor, "_"], Float[Tensor, "_"]], ...]  # each layer has a number of channels of its own
 
 
 @contextlib.contextmanager

@@ -1,17 +1,20 @@
 """The `gipip` command: what it says, writes and refuses."""
 
+import functools
 import inspect
 import json
 import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import gipip
-from gipip import cli
+from gipip import cli, experiments, tuning
 from gipip.files import write_tensors
+from gipip.priors import Generator
 
 
 def gipip_command(*arguments):
@@ -47,7 +50,7 @@ def tuned_weights(tmp_path_factory, monkeypatch):
     """Tuned weights for the ConvNet and one or two images, in place of those that ship."""
     folder = tmp_path_factory.mktemp("data")
     weights = {"InvertingGradients": {"tv_weight": 0.5}, "GIPIP": {"tv_weight": 0.5, "as_weight": 0.25}}
-    (folder / "tuned.json").write_text(json.dumps({"settings": {"cifar10": {"convnet": {"1": weights, "2": weights}}}}))
+    (folder / "tuned.json").write_text(json.dumps({"settings": {"cifar10/convnet/B=1": weights, "cifar10/convnet/B=2": weights}}))
     monkeypatch.setattr("gipip.attacks.presets.DATA", folder)
 
 
@@ -57,7 +60,13 @@ def prior(tmp_path):
     return gipip.train_autoencoder(auxiliary, steps=2).save(tmp_path / "prior.safetensors")
 
 
-@pytest.mark.parametrize("command", [(), ("reproduce",), ("attack",), ("data",), ("train-prior",)])
+@pytest.fixture
+def generator(tmp_path):
+    torch.manual_seed(0)
+    return gipip.GenerativePrior(Generator(width=2, latent_size=4)).save(tmp_path / "generator.safetensors")
+
+
+@pytest.mark.parametrize("command", [(), ("reproduce",), ("attack",), ("data",), ("train-prior",), ("train-generator",), ("tune",)])
 def test_every_command_has_a_help_text_and_helps_with_each_option(command):
     text = succeeds(*command, "--help")
     assert "Usage" in text
@@ -79,6 +88,9 @@ def test_the_version_is_the_packages():
         (["train-prior", "--data", "nowhere"], "nowhere is not a folder"),
         (["train-prior", "--fraction", "0"], "fraction=0.0 selects no part"),
         (["train-prior", "--depth", "6"], "cannot be halved 6 times"),
+        (["train-generator", "--data", "nowhere"], "nowhere is not a folder"),
+        (["train-generator", "--fraction", "0"], "fraction=0.0 selects no part"),
+        (["tune", "everything"], "Unknown study 'everything'. Known: main, "),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(arguments, message):
@@ -92,7 +104,7 @@ def test_a_parameter_that_the_notebook_does_not_declare_is_answered_in_one_line(
 
 
 def test_an_unknown_model_is_answered_with_the_known_ones(pictures):
-    assert "Unknown model 'vgg'. Known models: convnet, lenet, resnet18." in fails("attack", *pictures, "--model", "vgg")
+    assert "Unknown model 'vgg'. Known models: convnet, convnet16, lenet, resnet18." in fails("attack", *pictures, "--model", "vgg")
 
 
 def test_a_file_that_is_no_image_is_named(pictures, tmp_path):
@@ -117,6 +129,22 @@ def test_a_file_that_is_no_prior_is_named(pictures, tmp_path):
     assert "other.safetensors does not hold" in fails("attack", *pictures, "--prior", other)
 
 
+def test_a_file_that_is_no_generator_is_named(pictures, prior):
+    line = fails("attack", *pictures, "--attack", "gias", "--generator", prior)
+    assert "prior.safetensors does not hold a generator" in line and "gipip train-generator" in line
+
+
+def test_pictures_of_another_size_than_the_generators_are_refused(pictures, generator):
+    line = fails("attack", *pictures, "--attack", "gias", "--generator", generator, "--size", 48, "--model", "lenet")
+    assert "The generator makes 32×32 images, but the update is of 48×48" in line
+
+
+def test_gradinversion_on_a_network_without_batchnorm_is_refused(pictures):
+    assert "BatchNorm statistics, which this update does not hold" in fails(
+        "attack", *pictures, "--attack", "gradinversion", "--model", "lenet"
+    )
+
+
 def test_a_size_that_the_prior_cannot_take_is_refused(pictures, prior):
     assert "--size 36 does not fit the autoencoder, which needs a multiple of 8" in fails(
         "attack", *pictures, "--prior", prior, "--size", 36
@@ -129,10 +157,10 @@ def test_a_folder_that_cannot_be_written_is_named(pictures, tmp_path):
     assert "taken" in fails(*arguments)
 
 
-@pytest.mark.parametrize("attack", ["gipip", "ig", "dlg"])
+@pytest.mark.parametrize("attack", ["gipip", "ig", "dlg", "gradinversion"])
 def test_an_attack_on_own_pictures_prints_assumptions_and_metrics_and_writes_the_comparison(attack, pictures, prior, tmp_path):
     network = "lenet" if attack == "dlg" else "convnet"
-    arguments = ["--attack", attack, "--model", network, "--iterations", 5, "--output", tmp_path / "out", "--prior", prior]
+    arguments = ["--attack", attack, "--model", network, "--iterations", 3, "--output", tmp_path / "out", "--prior", prior]
     text = succeeds("attack", *pictures, *arguments)
     assert "Assumptions: labels:" in text
     assert re.search(r"image +matched +psnr +ssim +lpips +feature_mse\n *first\.png .*\n *second\.jpg ", text)
@@ -145,17 +173,58 @@ def test_withheld_labels_are_inferred(pictures, prior, tmp_path):
     assert "labels: inferred from the last layer" in text
 
 
-def test_weights_tuned_for_the_model_and_batch_size_are_taken(prior):
-    attack = cli._build_attack(cli.AttackName.gipip, "convnet", 2, 32, prior, {"seed": 3, "iterations": 7})
+def assumptions_of(text) -> dict[str, str]:
+    line = next(line for line in text.splitlines() if line.startswith("Assumptions: ")).removeprefix("Assumptions: ")
+    return dict(part.split(": ", 1) for part in re.split(r"; (?=[\w ]+: )", line))
+
+
+def test_gias_searches_the_generator_of_the_file(pictures, generator, tmp_path, monkeypatch):
+    quick = functools.partial(gipip.GIAS, latent_iterations=2, latent_restarts=1)
+    monkeypatch.setattr(cli, "_tuned_or_default", lambda kind, condition, settings: quick(**settings))
+    arguments = ("--attack", "gias", "--generator", generator, "--iterations", 2, "--output", tmp_path / "out")
+    text = succeeds("attack", pictures[0], *arguments)
+    assert assumptions_of(text)["auxiliary data"] == "an unknown number of images"  # the shipped one would say 1900
+    assert (tmp_path / "out" / "gias-convnet.png").exists()
+
+
+def test_gias_takes_the_shipped_generator_unless_told_otherwise(generator):
+    shipped, own = (cli._prior(cli.AttackName.gias, None, file, 32)["prior"] for file in (None, generator))
+    assert shipped.fingerprint == gipip.load_generator("cifar10-3.8%").fingerprint
+    assert own.fingerprint == gipip.GenerativePrior.load(generator).fingerprint != shipped.fingerprint
+
+
+def test_for_gradinversion_the_client_shares_statistics_and_the_assumptions_say_so(pictures, tmp_path):
+    texts = {
+        name: succeeds("attack", pictures[0], "--attack", name, "--iterations", 1, "--output", tmp_path) for name in ("ig", "gradinversion")
+    }
+    extra = "statistics of the private batch shared (an extra assumption)"
+    assert {name: extra in assumptions_of(text)["BatchNorm"] for name, text in texts.items()} == {"ig": False, "gradinversion": True}
+
+
+def test_a_defended_gradient_is_attacked_as_such_and_the_assumptions_say_so(pictures, tmp_path):
+    options = ("--attack", "ig", "--model", "lenet", "--iterations", 1, "--output", tmp_path)
+    text = succeeds("attack", pictures[0], *options, "--noise", 0.01, "--sparsity", 0.5)
+    assert assumptions_of(text)["defence"] == "noise 0.01, then sparsity 0.5; only non-zero entries matched"
+    assert "tuned for cifar10/lenet/B=1/noise 0.01/sparsity 0.5" in text
+    assert assumptions_of(succeeds("attack", pictures[0], *options))["defence"] == "none"
+
+
+def test_dlg_takes_on_a_sparsified_gradient_too(pictures, tmp_path):
+    options = ("--attack", "dlg", "--model", "lenet", "--iterations", 1, "--output", tmp_path)
+    assert assumptions_of(succeeds("attack", pictures[0], *options, "--sparsity", 0.5))["defence"] == "sparsity 0.5"
+
+
+def test_weights_tuned_for_the_condition_are_taken(prior):
+    settings = {"seed": 3, "iterations": 7, "prior": gipip.AnomalyScore.load(prior)}
+    attack = cli._tuned_or_default(gipip.GIPIP, "cifar10/convnet/B=2", settings)
     assert (attack.tv_weight, attack.as_weight, attack.prior.offset) == (0.5, 0.25, 0)
     assert (attack.seed, attack.iterations) == (3, 7)
 
 
-@pytest.mark.parametrize(("model", "batch_size"), [("convnet", 3), ("lenet", 2)])
-def test_without_tuned_weights_the_defaults_are_taken_and_said_so(model, batch_size, capsys):
-    attack = cli._build_attack(cli.AttackName.ig, model, batch_size, 32, None, {})
-    assert attack == gipip.InvertingGradients()
-    assert f"No weights were tuned for {model} and {batch_size} images" in capsys.readouterr().out
+@pytest.mark.parametrize("kind", [gipip.InvertingGradients, gipip.GradInversion])
+def test_without_tuned_weights_the_defaults_are_taken_and_said_so(kind, capsys):
+    assert cli._tuned_or_default(kind, "cifar10/convnet/B=3", {}) == kind()
+    assert f"No weights of {kind.__name__} were tuned for cifar10/convnet/B=3" in capsys.readouterr().out
 
 
 def test_data_lists_what_ships_and_whether_the_full_set_is_there(tmp_path, monkeypatch):
@@ -189,12 +258,49 @@ def test_a_prior_is_trained_on_a_folder_of_pictures(pictures, tmp_path):
     assert "Trained on 3 images of mine." in text
 
 
-def test_the_training_defaults_are_the_librarys():
-    library = inspect.signature(gipip.train_autoencoder).parameters
-    command = inspect.signature(cli.train_prior).parameters
-    assert {name: command[name].default for name in ("steps", "width", "depth", "seed")} == {
-        name: library[name].default for name in ("steps", "width", "depth", "seed")
-    }
+def test_a_trained_generator_is_saved_with_its_provenance_and_its_kernel_distance_is_printed(tmp_path):
+    output = tmp_path / "generator.safetensors"
+    text = succeeds("train-generator", "--fraction", 0.002, "--steps", 1, "--width", 2, "--seed", 1, "--output", output)
+    assert "Trained on 100 images of cifar10." in text and f"Saved: {output}" in text
+    prior = gipip.GenerativePrior.load(output)
+    assert f"Kernel distance to the auxiliary images {min(prior.provenance['history']['kernel distance']):.5f}" in text
+    assert (prior.generator.width, prior.generator.image_size) == (2, 32)
+    assert prior.provenance["dataset"] == "cifar10" and prior.provenance["images"] == 100
+    assert {"steps": 1, "seed": 1}.items() <= prior.provenance["settings"].items()
+    assert prior.provenance["data"] == gipip.load_dataset("cifar10").auxiliary(0.002, seed=1).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("command", "training", "names"),
+    [
+        (cli.train_prior, gipip.train_autoencoder, ("steps", "width", "depth", "seed")),
+        (cli.train_generator, gipip.train_generator, ("steps", "width", "seed")),
+    ],
+)
+def test_the_training_defaults_are_the_librarys(command, training, names):
+    ours, librarys = (inspect.signature(function).parameters for function in (command, training))
+    assert {name: ours[name].default for name in names} == {name: librarys[name].default for name in names}
+
+
+def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(tmp_path, monkeypatch):
+    def tiny(prior, iterations):
+        attack = gipip.InvertingGradients(iterations=iterations)
+        return tuning.Study((gipip.Scenario(pool="tuning", model="lenet"),), {"IG": tuning.Arm(attack, ({"tv_weight": (0.0, 0.1)},))})
+
+    def sweep(runs, *, store, workers):
+        assert workers == 1
+        return [experiments.execute(run, experiments.ResultStore(store)) for run in runs]
+
+    monkeypatch.setitem(tuning._STUDIES, "tiny", (tiny, 99))
+    monkeypatch.setattr(tuning, "sweep", sweep)  # in this process: a worker takes long to start
+    output = tmp_path / "tuned.json"
+    text = succeeds("tune", "tiny", "--iterations", 2, "--workers", 1, "--store", tmp_path / "store", "--output", output)
+    assert f"Saved: {output}" in text and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
+    written = json.loads(output.read_text())
+    assert written["settings"]["cifar10/lenet/B=1"]["IG"]["tv_weight"] in (0.0, 0.1)
+    made = written["studies"]["tiny"]["made"]
+    assert {"command": "gipip tune tiny", "iterations": 2, "prior": gipip.load_prior().with_offset(0).fingerprint}.items() <= made.items()
+    assert len(written["studies"]["tiny"]["grid"]) == 2
 
 
 def test_ctrl_c_ends_with_130_and_without_a_traceback(monkeypatch):
