@@ -358,7 +358,7 @@ def _scale_x(axes: Axes, places: Mapping[Hashable, float], xscale: str) -> None:
     if xscale == "log" and min(places) <= 0:
         raise ValueError(f"A logarithmic axis cannot show the value {min(places)}: pass xscale='symlog' or 'category'.")
     if xscale == "symlog":
-        axes.set_xscale("symlog", linthresh=min(abs(value) for value in places if value))
+        axes.set_xscale("symlog", linthresh=min((abs(value) for value in places if value), default=1.0))
     elif xscale != "category":
         axes.set_xscale(xscale)
     if xscale != "linear":

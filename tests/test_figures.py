@@ -216,6 +216,11 @@ def test_interval_lines_label_the_values_of_categories_and_logarithmic_axes():
         assert [label.get_text() for label in axes.get_xticklabels()] == labels and axes.get_xlabel() == "σ"
 
 
+def test_interval_lines_draw_zero_alone_on_a_symmetric_logarithmic_axis():
+    axes = figures.interval_lines(measurements().assign(noise=0.0), "noise", "psnr", "arm", xscale="symlog").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0"]
+
+
 def test_interval_lines_refuse_zero_on_a_logarithmic_axis():
     frame = measurements().assign(noise=0.0)
     with pytest.raises(ValueError, match=r"cannot show the value 0.0: pass xscale='symlog'"):
