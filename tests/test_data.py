@@ -73,6 +73,53 @@ def test_the_sample_states_its_source_and_is_under_9_megabytes():
     assert data.CIFAR10_SAMPLE.stat().st_size < 9e6
 
 
+# Some classes only
+
+VEHICLES = (0, 1, 8, 9)
+
+
+def test_a_data_set_restricted_to_classes_keeps_all_their_images_their_labels_and_nothing_else():
+    some = SAMPLE.restricted(VEHICLES)
+    assert [len(pool) for pool in (some.auxiliary_pool, some.tuning_pool)] == [4 * 190, 4 * 20]
+    for name in ("auxiliary_pool", "tuning_pool", "private_pool"):
+        whole, part = getattr(SAMPLE, name), getattr(some, name)
+        wanted = [row for row, label in enumerate(whole.labels.tolist()) if label in VEHICLES]
+        assert part.fingerprint == whole[wanted].fingerprint and torch.equal(part.indices, whole.indices[wanted])
+    assert some.classes == SAMPLE.classes and some.num_classes == 10
+
+
+def test_every_draw_from_a_restricted_data_set_is_of_the_wanted_classes_and_its_pools_are_disjoint():
+    some = SAMPLE.restricted(VEHICLES)
+    draws = {pool: [getattr(some, pool)(batch_size=4, seed=seed) for seed in range(25)] for pool in ("private", "tuning")}
+    assert all(batch.labels.unique().tolist() == list(VEHICLES) for batches in draws.values() for batch in batches)
+    auxiliary = some.auxiliary()
+    assert auxiliary.labels.bincount(minlength=10).tolist() == [190 * (label in VEHICLES) for label in range(10)]
+    drawn = [rows_of(auxiliary), *(set.union(*map(rows_of, batches)) for batches in draws.values())]
+    assert len(set.union(*drawn)) == sum(map(len, drawn))
+    assert len(drawn[1]) == 100 and len(drawn[2]) == 80  # 25 disjoint private batches; the tuning pool holds 20
+
+
+def test_a_fraction_of_a_restricted_data_set_is_of_its_classes_in_the_whole_training_set():
+    some = SAMPLE.restricted(VEHICLES)
+    assert some.training_images == 20_000 and len(some.auxiliary(0.01)) == 200
+
+
+def test_a_restricted_data_set_does_not_depend_on_the_classes_order_and_has_its_own_fingerprint():
+    assert SAMPLE.restricted((9, 0, 0)).fingerprint == SAMPLE.restricted([0, 9]).fingerprint
+    assert len({SAMPLE.restricted(classes).fingerprint for classes in [(0,), (9,), (0, 9)]} | {SAMPLE.fingerprint}) == 4
+
+
+@pytest.mark.parametrize("classes", [(10,), ()])
+def test_classes_that_a_pool_has_no_image_of_are_refused(classes):
+    with pytest.raises(DataError, match="The auxiliary pool of cifar10 holds no image of the classes"):
+        SAMPLE.restricted(classes)
+
+
+def test_a_batch_of_more_distinct_labels_than_classes_says_what_is_possible():
+    with pytest.raises(BatchSizeError, match="Ask for 1 to 4: "):
+        SAMPLE.restricted(VEHICLES).private(batch_size=5)
+
+
 # Images
 
 

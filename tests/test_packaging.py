@@ -5,12 +5,16 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rattler import MatchSpec, Version, VersionSpec
+
+import gipip
+from gipip.defenses import AnyDefense
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -40,6 +44,18 @@ def test_every_imported_package_is_declared():
 def test_every_declared_package_has_a_lower_bound():
     requirements = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
     assert [requirement.name for requirement in requirements if ">=" not in str(requirement.specifier)] == []
+
+
+def test_everything_exported_is_there_and_what_is_imported_is_exported_in_order():
+    tree = ast.parse((ROOT / "gipip" / "__init__.py").read_text())
+    imported = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert gipip.__all__ == sorted(imported)
+    assert all(hasattr(gipip, name) for name in gipip.__all__)
+
+
+def test_every_attack_and_defence_and_what_loads_and_trains_priors_is_exported():
+    defences = {kind.__name__ for kind in get_args(get_args(AnyDefense)[0])}
+    assert {*gipip.ATTACKS, *defences, *gipip.priors.__all__} - {"Generator"} <= set(gipip.__all__)
 
 
 def _imports(path: Path) -> set[str]:
