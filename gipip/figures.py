@@ -169,7 +169,7 @@ def interval_bars(
     _draw_bars(axes, table, x, hue, _places(table[x]), _colors(table[hue]))
     axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
     axes.set_title(f"bars: mean; lines: 95 % bootstrap interval\n{_counted(table['count'], groups)} each", fontsize=7)
-    _draw_legend(figure, columns=3)
+    _draw_legend(figure, columns=3, title=hue)
     figure.data_drawn = table
     return figure
 
@@ -205,7 +205,7 @@ def interval_lines(
             artist.set_transform(axes.transData + aside)
     axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
     axes.set_title(f"points: mean; bars: 95 % bootstrap interval\n{_counted(table['count'], groups)} each", fontsize=7)
-    _draw_legend(figure, columns=3)
+    _draw_legend(figure, columns=3, title=hue)
     figure.data_drawn = table
     return figure
 
@@ -238,7 +238,7 @@ def published_bars(
         axes.set(xlabel=x if xlabel is None else xlabel)
         axes.set_title(f"{title}\n{note}", fontsize=8)
     panels[0].set_ylabel(LABELS.get(y, y))
-    _draw_legend(figure, columns=4)
+    _draw_legend(figure, columns=4, title=hue)
     figure.data_drawn = drawn
     return figure
 
@@ -271,7 +271,7 @@ def tradeoff(
     axes.set(xlabel=LABELS.get(x, x) if xlabel is None else xlabel, ylabel=LABELS.get(y, y) if ylabel is None else ylabel)
     if intervals:
         axes.set_title("points: mean; bars: 95 % bootstrap interval\nover independent batches", fontsize=7)
-    _draw_legend(figure, columns=int(width / 1.4))
+    _draw_legend(figure, columns=int(width / 1.4), title=hue)
     _label_points(axes, frame[[x, y]].to_numpy(float), frame[label])
     figure.data_drawn = frame[[label, hue, x, *intervals.get(x, []), y, *intervals.get(y, [])]]
     return figure
@@ -386,10 +386,11 @@ def _reach(center: pd.Series, low: pd.Series, high: pd.Series) -> list[pd.Series
     return [length.mask(length.abs() < 1e-9, 0.0) for length in (center - low, high - center)]
 
 
-def _draw_legend(figure: Figure, columns: int) -> None:
-    """One legend for all panels, above them."""
+def _draw_legend(figure: Figure, columns: int, title: str = "arm") -> None:
+    """One legend for all panels, above them; arms need no `title`."""
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(columns, len(handles)), frameon=False)
+    named = {} if title == "arm" else {"title": title}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(columns, len(handles)), frameon=False, **named)
 
 
 def _label_points(axes: Axes, points: Float[np.ndarray, "points 2"], labels: Iterable[str]) -> None:

@@ -172,7 +172,7 @@ def _variants(prior: AnomalyScore, iterations: int) -> Study:
     return Study(_tuning(2, model="convnet16", batch_size=4), arms)
 
 
-AUTOENCODERS = ("width6", "depth2", "depth4")
+AUTOENCODERS = ("width6", "depth2")
 """The further autoencoders that 03_ablations compares."""
 
 
