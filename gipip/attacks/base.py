@@ -55,7 +55,7 @@ class View:
     """All that an attack works with: the network that takes normalised images, the update's gradients, and labels if the attack knows them.
 
     `parameters`: the network's trainable ones, in the gradients' order. `update`: all that was shared; its gradients are the `target`.
-    `shape`: of the candidate images.
+    `shape`: of the candidate images. `start`: what an earlier stage of an attack found, for the next one.
     """
 
     network: nn.Module
@@ -67,6 +67,7 @@ class View:
     labels: Int[Tensor, "batch"] | None
     generator: torch.Generator
     placed: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def target(self) -> tuple[Tensor, ...]:

@@ -1,13 +1,17 @@
 """GAN-based inversion, GIAS (Jeon et al., NeurIPS 2021): search a generator's latents, then the weights of a copy of it for each image."""
 
-from jaxtyping import Float
+import dataclasses
+
+from jaxtyping import Float, Int
 from pydantic import PositiveFloat, PositiveInt, field_serializer
 from torch import Tensor
 from torch.func import functional_call, vmap
 
 from gipip.attacks.base import View
 from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.errors import UpdateError
 from gipip.federation import SharedUpdate
+from gipip.models import ClientModel
 from gipip.priors import GenerativePrior
 
 
@@ -24,6 +28,15 @@ class LatentSearch(InvertingGradients):
     @field_serializer("prior")
     def _prior_by_fingerprint(self, prior: GenerativePrior) -> str:
         return prior.fingerprint
+
+    def known_labels(self, model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch"]:
+        size, (_, height, width) = self.prior.generator.image_size, update.image_shape
+        if (height, width) != (size, size):
+            raise UpdateError(
+                f"The generator makes {size}×{size} images, but the update is of {height}×{width}. Use a generator trained on images of "
+                "the update's size: gipip.train_generator(auxiliary)."
+            )
+        return super().known_labels(model, update)
 
     def variables(self, view: View) -> dict[str, Tensor]:
         return {"latent": view.randn(view.shape[0], self.prior.generator.latent_size)}
@@ -50,13 +63,29 @@ class GIAS(LatentSearch):
     latent_learning_rate: PositiveFloat = 0.1
     learning_rate: PositiveFloat = 1e-3
 
-    def variables(self, view: View) -> dict[str, Tensor]:
-        shared = {name: getattr(self, name) for name in ("prior", "tv_weight", "schedule", "masked", "seed", "returns")}
-        search = LatentSearch(
-            **shared, iterations=self.latent_iterations, restarts=self.latent_restarts, learning_rate=self.latent_learning_rate
+    def _attempt(self, view: View, watch, watch_every: int, description: str):
+        """Both stages; only the first one's attempt if the user stopped it there."""
+        attempts, results = self._latent_search(view)._search(view, watch, watch_every)
+        attempt, (found, *_) = min(zip(attempts, results, strict=True), key=lambda pair: pair[1][1])
+        if attempts[-1].stopped:
+            return dataclasses.replace(attempt, stopped=True, notes=attempts[-1].notes)
+        view.start = found
+        return super()._attempt(view, watch, watch_every, description)
+
+    def _latent_search(self, view: View) -> LatentSearch:
+        """The first stage; each of this attack's restarts has seeds of its own."""
+        shared = {name: value for name, value in self if name in ("prior", "tv_weight", "schedule", "masked", "returns")}
+        restart = view.generator.initial_seed() - self.seed
+        return LatentSearch(
+            **shared,
+            seed=self.seed + restart * self.latent_restarts,
+            iterations=self.latent_iterations,
+            restarts=self.latent_restarts,
+            learning_rate=self.latent_learning_rate,
         )
-        _, results = search._search(view)
-        latent = min(results, key=lambda result: result[1])[0]["latent"].detach()
+
+    def variables(self, view: View) -> dict[str, Tensor]:
+        latent = view.start["latent"].detach().clone()
         weights = view.place(self.prior).generator.named_parameters()
         return {"latent": latent} | {name: weight.detach().expand(len(latent), *weight.shape).clone() for name, weight in weights}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gipip.attacks.base import View
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.attacks.objectives import cosine_distance, total_variation
+from gipip.attacks.objectives import total_variation
 from gipip.errors import UpdateError
 from gipip.federation import SharedUpdate, batch_statistics
 from gipip.models import ClientModel
@@ -41,7 +41,7 @@ class GradInversion(InvertingGradients):
         """The seed's images that match the gradient best."""
         groups = variables["images"].detach().chunk(self.seeds)
         with torch.enable_grad():
-            distances = torch.stack([cosine_distance(view.gradients(group, view.labels), view.target).detach() for group in groups])
+            distances = torch.stack([self.distance(view, view.gradients(group, view.labels)).detach() for group in groups])
         return torch.stack(groups)[distances.argmin()]
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,9 +59,12 @@ class GradInversion(InvertingGradients):
         """Distance of one seed's gradients and of its BatchNorm statistics to the shared ones."""
         with batch_statistics(view.network) as found:
             gradients = view.gradients(images, view.labels)
-        pairs = zip(found, view.update.statistics, strict=False)  # local training passes the network several times: the first counts
+        if view.update.fedavg:  # local training passes mini-batches and moves the weights: the statistics shared are of the whole batch
+            with batch_statistics(view.network) as found:
+                view.network(images)
+        pairs = zip(found, view.update.statistics, strict=True)
         layers = [(a - b).square().mean() for ours, shared in pairs for a, b in zip(ours, shared, strict=True)]
-        return cosine_distance(gradients, view.target), sum(layers) / len(layers)
+        return self.distance(view, gradients), sum(layers) / len(layers)
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         about = super().assumptions(update)

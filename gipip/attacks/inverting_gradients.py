@@ -1,8 +1,10 @@
 """Inverting Gradients (Geiping et al., NeurIPS 2020): match the gradient's direction, with total variation."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
@@ -38,10 +40,14 @@ class InvertingGradients(Attack):
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
         x = self.candidate(view, variables)
-        gradients = view.gradients(x, view.labels)
+        distance = self.distance(view, view.gradients(x, view.labels))
+        return {"gradient matching": distance, "total variation": self.tv_weight * total_variation(x)}
+
+    def distance(self, view: View, gradients: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """1 − cos(g, g*), with `masked` over the entries that are not zero in g*."""
         if self.masked:
             gradients = [gradient * (shared != 0) for gradient, shared in zip(gradients, view.target, strict=True)]
-        return {"gradient matching": cosine_distance(gradients, view.target), "total variation": self.tv_weight * total_variation(x)}
+        return cosine_distance(gradients, view.target)
 
     def direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign() if self.signed else gradient

@@ -24,4 +24,3 @@ def total_variation(images: Float[Tensor, "batch channels height width"]) -> Flo
     horizontal = (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
     vertical = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
     return horizontal + vertical
-

@@ -84,8 +84,9 @@ class GenerativePrior(nn.Module):
 
     def save(self, path: Path | str) -> Path:
         """Write weights and provenance to one safetensors file."""
-        shape = {name: getattr(self.generator, name) for name in ("width", "latent_size", "image_size")}
-        return write_tensors(path, self.generator.state_dict(), {"generator": shape, "provenance": self.provenance})
+        generator = self.generator
+        shape = {"width": generator.width, "latent_size": generator.latent_size, "image_size": generator.image_size}
+        return write_tensors(path, generator.state_dict(), {"generator": shape, "provenance": self.provenance})
 
     @classmethod
     def load(cls, path: Path | str) -> "GenerativePrior":
