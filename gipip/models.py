@@ -4,6 +4,7 @@ Every model is `ClientModel(normalize, network)`: images in [0, 1] enter, the fi
 apart, because their variable lives in normalised space.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -173,6 +174,7 @@ def train_client(
 @torch.no_grad()
 def accuracy(model: ClientModel, images: LabeledImages) -> float:
     """Share of the images that the model, in eval mode, puts in their class; in [0, 1]."""
+    model = copy.deepcopy(model).eval()
     predicted = torch.cat([model(images[rows].images).argmax(dim=1) for rows in torch.arange(len(images)).split(250)])
     return (predicted == images.labels).double().mean().item()
 

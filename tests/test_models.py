@@ -1,15 +1,30 @@
 """Client models: the references' architectures, seeded weights, and one normalisation layer."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torchvision.transforms.functional import normalize
 
-from gipip.data import CIFAR10_MEAN, CIFAR10_STD
+from gipip import models as module
+from gipip.data import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
 from gipip.errors import ModelError
-from gipip.models import Normalize, build_model, check_client_model, client_model, last_linear, model_fingerprint, trainable
+from gipip.files import write_tensors
+from gipip.models import (
+    Normalize,
+    accuracy,
+    build_model,
+    check_client_model,
+    client_model,
+    last_linear,
+    load_model,
+    model_fingerprint,
+    train_client,
+    trainable,
+)
 
-NETWORKS = ["convnet", "lenet", "resnet18"]
+NETWORKS = ["convnet", "convnet16", "lenet", "resnet18"]
 
 
 def parameters(model):
@@ -49,6 +64,11 @@ def test_convnet_has_six_convolutions_of_the_references_widths_and_two_pools():
     assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 6
 
 
+def test_convnet16_is_the_convnet_of_half_the_width():
+    model = build_model("convnet16")
+    assert sizes(nn.Conv2d, model) == [16, 32, 32, 64, 64, 64] and last_linear(model)[1].in_features == 576
+
+
 def test_lenet_is_the_sigmoid_network_of_dlg():
     model = build_model("lenet")
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -81,7 +101,7 @@ def test_building_a_model_leaves_the_global_generator_alone():
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():
-    with pytest.raises(ModelError, match="'vgg'.*convnet, lenet, resnet18.*client_model"):
+    with pytest.raises(ModelError, match="'vgg'.*convnet, convnet16, lenet, resnet18.*client_model"):
         build_model("vgg")
 
 
@@ -138,3 +158,74 @@ def test_the_last_linear_layer_is_the_classifier():
 def test_a_model_without_linear_layer_is_refused_for_label_inference():
     with pytest.raises(ModelError, match="no linear layer.*labels='given'"):
         last_linear(nn.Conv2d(3, 3, 1))
+
+
+# Training ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bright_or_dark():
+    """64 images of 8×8 pixels in two classes that their brightness tells apart, and a network with BatchNorm."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(64) % 2
+    images = 0.3 * torch.rand(64, 3, 8, 8, generator=generator) + 0.6 * labels.view(-1, 1, 1, 1)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    return client_model(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval(), LabeledImages(images, labels)
+
+
+def test_training_learns_in_place_and_gives_each_epochs_mean_loss_with_the_model_in_eval_mode(bright_or_dark):
+    model, images = bright_or_dark
+    losses, modes = [], []
+    for loss in train_client(model, images, epochs=3, batch_size=16):
+        losses.append(loss)
+        modes.append(model.training)
+    assert len(losses) == 3 and losses[2] < losses[0] / 2 and modes == [False] * 3
+    assert accuracy(model, images) == 1
+
+
+def test_training_is_determined_by_its_seed(bright_or_dark):
+    model, images = bright_or_dark
+    prints = []
+    for seed in (1, 1, 2):
+        trained = copy.deepcopy(model)
+        list(train_client(trained, images, epochs=1, batch_size=16, seed=seed))
+        prints.append(model_fingerprint(trained))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_accuracy_is_the_share_of_right_classes(bright_or_dark):
+    _, images = bright_or_dark
+    brightness = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with torch.no_grad():
+        brightness[1].weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 192))
+        brightness[1].bias.zero_()
+    wrong = LabeledImages(images.pixels, torch.cat([1 - images.labels[:16], images.labels[16:]]))
+    assert accuracy(client_model(brightness, mean=(0.45,) * 3, std=(0.25,) * 3), wrong) == 0.75
+
+
+def test_accuracy_is_that_of_eval_mode_and_leaves_a_model_in_train_mode_as_it_was(bright_or_dark):
+    model, images = bright_or_dark
+    expected = accuracy(model, images)
+    model.train()
+    before = model_fingerprint(model)
+    assert accuracy(model, images) == expected
+    assert model_fingerprint(model) == before and model.training
+
+
+def test_a_shipped_model_is_the_one_of_its_epoch(tmp_path, monkeypatch):
+    epochs = {epoch: build_model("lenet", 7, seed=epoch) for epoch in (1, 10)}
+    tensors = {f"{epoch}/{name}": value for epoch, model in epochs.items() for name, value in model.state_dict().items()}
+    about = {"num_classes": 7, "accuracy": {"1": 0.2, "10": 0.3}}
+    write_tensors(tmp_path / "client-cifar10-lenet.safetensors", tensors, about)
+    monkeypatch.setattr(module, "DATA", tmp_path)
+    for epoch, model in epochs.items():
+        loaded = load_model("lenet", epochs=epoch)
+        assert model_fingerprint(loaded) == model_fingerprint(model) and not loaded.training
+    with pytest.raises(ModelError, match=r"'lenet' trained for 5 epochs on 'cifar10'.*shipped: \[1, 10\].*train_client"):
+        load_model("lenet", epochs=5)
+
+
+def test_a_model_that_does_not_ship_is_refused_with_the_remedy():
+    with pytest.raises(ModelError, match="'lenet' trained for 3 epochs on 'mnist'.*shipped: none.*train_client"):
+        load_model("lenet", "mnist", epochs=3)
