@@ -35,7 +35,8 @@ def ground_truth_in(source):
 
 
 def test_the_rule_is_checked_on_every_attack_and_prior():
-    assert {"base.py", "dlg.py", "gipip.py", "inverting_gradients.py", "labels.py", "autoencoder.py"} <= {path.name for path in ATTACKER}
+    attacks = {"base.py", "dlg.py", "gias.py", "gipip.py", "gradinversion.py", "inverting_gradients.py", "labels.py"}
+    assert attacks | {"autoencoder.py", "gan.py"} <= {path.name for path in ATTACKER}
 
 
 @pytest.mark.parametrize("path", ATTACKER, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -73,4 +74,5 @@ def test_the_check_sees_a_draw_of_private_images():
 
 def test_a_shared_update_has_no_field_for_images():
     fields = set(gipip.SharedUpdate.__dataclass_fields__)
-    assert fields == {"gradients", "parameter_names", "batch_size", "image_shape", "labels", "mode", "model_fingerprint"}
+    crosses_the_wire = {"gradients", "parameter_names", "batch_size", "image_shape", "labels", "mode", "model_fingerprint"}
+    assert fields == crosses_the_wire | {"fedavg", "statistics", "defenses"}

@@ -1,14 +1,17 @@
 """The terms of the cost: closed forms, and gradients against finite differences in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
 
 from gipip.attacks import DLG, GIPIP, InvertingGradients
-from gipip.attacks.objectives import cosine_distance, soft_cross_entropy, squared_distance, total_variation
+from gipip.attacks.objectives import cosine_distance, squared_distance, total_variation
 from gipip.data import load_dataset
-from gipip.federation import Client
+from gipip.defenses import Sparsification
+from gipip.federation import Client, FedAvg
 from gipip.models import build_model
 from gipip.priors import AnomalyScore, Autoencoder
 
@@ -69,12 +72,6 @@ def test_total_variation_is_the_mean_over_the_batch():
     torch.testing.assert_close(total_variation(images), torch.stack([total_variation(image[None]) for image in images]).mean())
 
 
-def test_soft_cross_entropy_of_one_hot_labels_is_the_cross_entropy():
-    logits, labels = torch.randn(5, 4), torch.tensor([0, 3, 1, 1, 2])
-    expected = nn.functional.cross_entropy(logits, labels)
-    torch.testing.assert_close(soft_cross_entropy(logits, nn.functional.one_hot(labels, 4).float()), expected)
-
-
 @pytest.mark.parametrize("distance", [cosine_distance, squared_distance])
 def test_gradients_of_the_distances_agree_with_finite_differences(distance):
     target = [torch.randn(4, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)]
@@ -83,10 +80,6 @@ def test_gradients_of_the_distances_agree_with_finite_differences(distance):
 
 def test_gradient_of_the_total_variation_agrees_with_finite_differences():
     assert gradcheck(total_variation, (doubles(2, 3, 5, 4),))
-
-
-def test_gradient_of_soft_cross_entropy_agrees_with_finite_differences():
-    assert gradcheck(lambda logits, labels: soft_cross_entropy(logits, labels.softmax(1)), (doubles(3, 4), doubles(3, 4)))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -116,10 +109,16 @@ def test_gradient_of_the_whole_cost_agrees_with_finite_differences_on_resnet18(d
     check_cost(data, "resnet18", "GIPIP", "eval")
 
 
-def check_cost(data, network, name, mode):
+@pytest.mark.parametrize("attack", ["IG", "DLG"])
+@pytest.mark.parametrize("network", ["lenet", "convnet"])
+def test_gradient_of_the_whole_cost_agrees_with_finite_differences_through_local_training(data, network, attack):
+    check_cost(data, network, attack, "eval", FedAvg(steps=3, batch_size=1, learning_rate=0.1))
+
+
+def check_cost(data, network, name, mode, fedavg=None):
     """Central differences along random directions. The step is tiny: where it crosses a kink of a ReLU the gradient itself jumps."""
     model, attack = build_model(network).double(), ATTACKS[name]
-    view = attack._view(model, Client(model).share(data.private(batch_size=2), mode=mode))
+    view = attack._view(model, Client(model).share(data.private(batch_size=2), mode=mode, fedavg=fedavg))
     lower, upper = view.normalize.box
     variables = attack.variables(view) | {"images": (lower + (upper - lower) * torch.rand(view.shape, dtype=torch.float64))}
     variables = {key: value.requires_grad_() for key, value in variables.items()}
@@ -151,3 +150,36 @@ def test_squared_distance_is_zero_at_the_truth_with_certain_labels(data):
     view = attack._view(model, Client(model).share(batch))
     certain = 100.0 * nn.functional.one_hot(batch.labels, 10)
     assert attack.terms(view, {"images": model.normalize(batch.images), "labels": certain})["gradient matching"] < 1e-8
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("network", ["lenet", "convnet"])
+def test_gradient_matching_is_zero_at_the_truth_after_local_training_and_not_for_an_attacker_who_ignores_it(data, network, mode):
+    model, batch, attack = build_model(network), data.private(batch_size=4), InvertingGradients(tv_weight=0)
+    update = Client(model).share(batch, mode=mode, fedavg=FedAvg(steps=3, batch_size=2, learning_rate=0.1))
+    truth = {"images": model.normalize(batch.images)}
+    assert attack.terms(attack._view(model, update), truth)["gradient matching"].abs() < 1e-5
+    ignorant = attack._view(model, dataclasses.replace(update, fedavg=None))
+    assert attack.terms(ignorant, truth)["gradient matching"] > 0.01
+
+
+def test_masked_matching_is_zero_at_the_truth_behind_a_sparsified_gradient_and_unmasked_matching_is_not(data):
+    model, batch = build_model("lenet"), data.private(batch_size=2)
+    update = Client(model).share(batch, defenses=[Sparsification(sparsity=0.9)])
+    truth = {"images": model.normalize(batch.images)}
+    masked, unmasked = (
+        attack.terms(attack._view(model, update), truth)["gradient matching"].item()
+        for attack in (InvertingGradients(masked=True), InvertingGradients(masked=False))
+    )
+    kept = sum(gradient.square().sum() for gradient in update.gradients).sqrt()
+    whole = sum(gradient.square().sum() for gradient in Client(model).share(batch).gradients).sqrt()
+    assert masked == pytest.approx(0, abs=1e-6)
+    assert unmasked == pytest.approx(1 - (kept / whole).item(), abs=1e-6) and unmasked > 0.005  # the cosine to a part of oneself
+
+
+def test_masked_matching_of_a_gradient_without_zeros_is_plain_matching(data):
+    model, batch = build_model("lenet"), data.private(batch_size=2)
+    view = InvertingGradients()._view(model, Client(model).share(batch))
+    variables = {"images": torch.randn(view.shape)}
+    masked, plain = (InvertingGradients(masked=choice).terms(view, variables)["gradient matching"] for choice in (True, False))
+    assert torch.equal(masked, plain)

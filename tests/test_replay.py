@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import gipip
+from gipip.priors import GenerativePrior, Generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 
@@ -20,6 +21,28 @@ def test_a_replayed_attack_gives_the_eager_attacks_images(name, schedule, monkey
     eager = attack(model, update)
     torch.testing.assert_close(replayed.images, eager.images, rtol=0, atol=1e-5)
     torch.testing.assert_close(replayed.history, eager.history, rtol=1e-4, atol=1e-6)
+
+
+NEW = {
+    "LatentSearch": lambda prior: gipip.LatentSearch(prior=prior, iterations=40),
+    "GIAS": lambda prior: gipip.GIAS(prior=prior, latent_iterations=10, iterations=40),
+    "GradInversion": lambda prior: gipip.GradInversion(iterations=40),
+    "masked": lambda prior: gipip.InvertingGradients(iterations=40, masked=True),
+}
+
+
+@pytest.mark.parametrize("fedavg", [None, gipip.FedAvg(steps=2, batch_size=1)])
+@pytest.mark.parametrize("name", NEW)
+def test_every_other_attack_does_when_replayed_what_it_does_eagerly(name, fedavg, monkeypatch):
+    data, model = gipip.load_dataset("cifar10"), gipip.build_model("convnet").cuda()
+    update = gipip.Client(model).share(data.tuning(batch_size=2), statistics="shared", fedavg=fedavg)
+    torch.manual_seed(0)
+    attack = NEW[name](GenerativePrior(Generator(width=8, latent_size=8)))
+    replayed = attack(model, update)
+    monkeypatch.setattr(gipip.Attack, "replayable", False)
+    eager = attack(model, update)
+    torch.testing.assert_close(replayed.images, eager.images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(replayed.history, eager.history, rtol=1e-3, atol=1e-5)
 
 
 def test_dlg_is_never_captured():
