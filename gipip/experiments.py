@@ -287,12 +287,14 @@ class Results(Sequence):
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
     def table(self, metrics: Sequence[str] = ("psnr", "ssim", "lpips")) -> pandas.DataFrame:
-        """A row for each model, batch size, arm and assumptions: means with 95 % bootstrap intervals over batches."""
+        """A row for each model and its epochs, batch size, arm and assumptions: means with 95 % bootstrap intervals over batches."""
         assumptions = ["iterations", "labels", "BatchNorm", "local training", "defence", "auxiliary data", "machine"]
         rows = []
-        for (model, batch_size, arm, *about), part in self.frame().groupby(["model", "batch_size", "arm", *assumptions], sort=False):
+        keys = ["model", "epochs", "batch_size", "arm", *assumptions]
+        for (model, epochs, batch_size, arm, *about), part in self.frame().groupby(keys, sort=False):
             intervals = {name: f"{bootstrap_interval(part[name], groups=part['batch']):.3f}" for name in metrics}
             about = dict(zip(assumptions, about, strict=True))
+            model = f"{model}@{epochs}" if epochs else model
             rows.append({"model": model, "batch size": batch_size, "attack": arm, "images": len(part), **intervals, **about})
         return pandas.DataFrame(rows)
 

@@ -19,15 +19,18 @@ import pydantic
 import pytest
 import torch
 
-from gipip import experiments
-from gipip.attacks import DLG, GIPIP, InvertingGradients
+from gipip import experiments, models
+from gipip.attacks import DLG, GIPIP, GradInversion, InvertingGradients
+from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
 from gipip.errors import BatchSizeError, DataError, ModelError, StoreError, SweepError
 from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
+from gipip.federation import FedAvg
 from gipip.files import read_tensors, write_tensors
 from gipip.metrics import paired_difference
 from gipip.priors import AnomalyScore, Autoencoder, load_prior
 
 LENET, SHORT = Scenario(model="lenet"), InvertingGradients(iterations=3)
+DEFENSES = (DPSGD(max_norm=1, noise_multiplier=0.1), GaussianNoise(std=1e-3), Sparsification(sparsity=0.9), Clipping(max_norm=2))
 
 
 class FailsForSeed(InvertingGradients):
@@ -84,6 +87,18 @@ def scheduler():
 
 
 @pytest.fixture
+def trained_lenet(tmp_path, monkeypatch):
+    """The state of a LeNet that "ships" as trained for 3 epochs; that of epoch 5 ships too."""
+    states = {epochs: models.build_model("lenet", seed=100 + epochs).state_dict() for epochs in (3, 5)}
+    tensors = {f"{epochs}/{name}": value for epochs, state in states.items() for name, value in state.items()}
+    write_tensors(tmp_path / "client-cifar10-lenet.safetensors", tensors, {"num_classes": 10, "accuracy": {"3": 0.4, "5": 0.5}})
+    monkeypatch.setattr(models, "DATA", tmp_path)
+    yield states[3]
+    experiments._fingerprints.cache_clear()
+    experiments._weights_fingerprint.cache_clear()
+
+
+@pytest.fixture
 def no_cluster(monkeypatch):
     """Starting workers is an error here."""
     monkeypatch.setattr(distributed, "LocalCluster", None)
@@ -105,7 +120,8 @@ def made_up(arm, psnr, *, attack=SHORT, about=(), **scenario):
     count = len(psnr)
     run = Run(arm, Scenario(batch_size=count, **scenario), attack)
     metrics = pandas.DataFrame({"image": range(count), "matched": range(count), "psnr": psnr, "ssim": 0.5, "lpips": 0.1})
-    assumptions = {"labels": "given", "BatchNorm": "eval mode", "auxiliary data": "none"} | dict(about)
+    assumptions = {"labels": "given", "BatchNorm": "eval mode", "local training": "none (FedSGD)", "defence": "none"}
+    assumptions |= {"auxiliary data": "none"} | dict(about)
     details = {"assumptions": assumptions, "returned": "last iterate", "seconds": 1.5, "made": {"machine": "a CPU"}}
     images, labels = torch.rand(count, 3, 8, 8), torch.arange(count)
     return Result(run, images, images, labels, {"cost": torch.ones(4)}, metrics, details)
@@ -139,7 +155,13 @@ def test_scenarios_and_runs_are_frozen_and_refuse_unknown_fields():
         Scenario(batchsize=4)
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"pool": "auxiliary"}, {"mode": "training"}, {"labels": "stolen"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0}, {"pool": "auxiliary"}, {"mode": "training"}, {"labels": "stolen"}, {"statistics": "given"}, {"epochs": -1},
+        {"fedavg": {"steps": 0}}, {"fedavg": {"epochs": 1}}, {"defenses": ["noise"]}, {"defenses": [{"kind": "clipping"}]},
+    ],
+)  # fmt: skip
 def test_a_scenario_out_of_range_is_refused_at_once(wrong):
     with pytest.raises(pydantic.ValidationError):
         Scenario(**wrong)
@@ -148,6 +170,58 @@ def test_a_scenario_out_of_range_is_refused_at_once(wrong):
 def test_a_scenario_survives_json():
     scenario = Scenario(pool="tuning", model="resnet18", batch_size=4, seed=7, mode="train", labels="withheld", distinct_labels=False)
     assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
+
+
+def test_a_scenario_with_classes_epochs_local_training_and_defences_survives_json():
+    fedavg = FedAvg(steps=4, batch_size=2, learning_rate=0.1)
+    scenario = Scenario(classes=(3, 5), epochs=40, statistics="shared", fedavg=fedavg, defenses=(*DEFENSES, Soteria(pruned=0.5)))
+    again = Scenario.model_validate_json(scenario.model_dump_json())
+    assert again == scenario and hash(again) == hash(scenario)
+    assert again.fedavg == fedavg and [type(defense) for defense in again.defenses] == [DPSGD, *map(type, DEFENSES[1:]), Soteria]
+    config = json.loads(json.dumps(Run("IG", scenario, SHORT).config()))["scenario"]
+    assert Scenario(**config) == scenario
+
+
+@pytest.mark.parametrize(
+    ("scenario", "condition"),
+    [
+        ({}, "cifar10/convnet/B=1"),
+        ({"model": "convnet16", "epochs": 40, "batch_size": 4}, "cifar10/convnet16@40/B=4"),
+        ({"fedavg": FedAvg(steps=5)}, "cifar10/convnet/B=1/FedAvg 5"),
+        ({"defenses": DEFENSES[1:3]}, "cifar10/convnet/B=1/noise 0.001/sparsity 0.9"),
+        ({"epochs": 3, "fedavg": FedAvg(steps=2), "defenses": (Soteria(pruned=0.5),)}, "cifar10/convnet@3/B=1/FedAvg 2/Soteria 50 %"),
+        ({"defenses": (DPSGD(max_norm=1, noise_multiplier=0.1, seed=7),)}, "cifar10/convnet/B=1/DP-SGD C=1 σ=0.1"),
+    ],
+)
+def test_a_condition_names_data_set_model_epochs_batch_size_local_training_and_defences(scenario, condition):
+    assert Scenario(**scenario).condition == condition
+
+
+def test_a_condition_does_not_tell_images_seeds_or_labels_apart():
+    others = [{"pool": "tuning"}, {"seed": 3}, {"model_seed": 3}, {"labels": "withheld"}, {"distinct_labels": False}, {"classes": (1, 2)}]
+    assert {Scenario(**other).condition for other in others} == {Scenario().condition}
+
+
+def test_a_scenario_draws_its_classes_only():
+    batches = [Scenario(classes=(9, 1), batch_size=2, seed=seed, pool=pool).batch() for seed in range(5) for pool in ("private", "tuning")]
+    assert all(sorted(batch.labels.tolist()) == [1, 9] for batch in batches)
+    data = experiments._dataset("cifar10")
+    assert batches[0].indices.tolist() == data.restricted((1, 9)).private(batch_size=2).indices.tolist()
+
+
+def test_a_scenario_of_a_trained_client_has_the_weights_of_that_epoch(trained_lenet):
+    model = Scenario(model="lenet", epochs=3, model_seed=7).client_model()
+    assert all(torch.equal(value, trained_lenet[name]) for name, value in model.state_dict().items())
+
+
+def test_what_a_scenario_shares_is_what_it_says():
+    scenario = Scenario(model="lenet", batch_size=2, labels="withheld", fedavg=FedAvg(steps=3), defenses=DEFENSES[1:])
+    update = scenario.update(scenario.client_model())
+    assert (update.labels, update.statistics, update.fedavg) == (None, None, FedAvg(steps=3))
+    assert update.defenses == ("noise 0.001", "sparsity 0.9", "clip 2")
+    assert sum(float(gradient.square().sum()) for gradient in update.gradients) <= 4 * (1 + 1e-5)
+    with_statistics = Scenario(statistics="shared")
+    assert len(with_statistics.update(with_statistics.client_model()).statistics) == 6  # the ConvNet's BatchNorm layers
 
 
 def test_a_runs_configuration_is_json_that_rebuilds_scenario_and_attack():
@@ -175,16 +249,30 @@ def test_equal_content_has_one_key_whatever_the_arms_name(prior):
     assert len({run.key() for run in runs}) == 1
 
 
-def test_every_field_of_the_scenario_changes_the_key():
-    changes = [{}, {"pool": "tuning"}, {"model": "lenet"}, {"model_seed": 1}, {"batch_size": 2}, {"seed": 1}]
-    changes += [{"distinct_labels": False}, {"mode": "train"}, {"labels": "withheld"}]
+def test_every_field_of_the_scenario_changes_the_key(trained_lenet):
+    changes = [{}, {"pool": "tuning"}, {"model": "convnet"}, {"model_seed": 1}, {"batch_size": 2}, {"seed": 1}, {"classes": (1, 2)}]
+    changes += [{"distinct_labels": False}, {"mode": "train"}, {"labels": "withheld"}, {"statistics": "shared"}, {"epochs": 3}]
+    changes += [{"fedavg": FedAvg(**about)} for about in ({}, {"steps": 2}, {"batch_size": 1}, {"learning_rate": 0.1})]
+    changes += [{"defenses": defenses} for defenses in (DEFENSES[1:3], DEFENSES[2:0:-1], *zip(DEFENSES, strict=True))]
+    changes += [{"defenses": (GaussianNoise(std=1e-3, seed=1),)}, {"defenses": (GaussianNoise(std=1e-2),)}, {"epochs": 5}]
     assert {name for change in changes for name in change} | {"dataset"} == set(Scenario.model_fields)
-    assert len({Run("IG", Scenario(**change), SHORT).key() for change in changes}) == len(changes)
+    assert len({Run("IG", Scenario(**{"model": "lenet"} | change), SHORT).key() for change in changes}) == len(changes)
+
+
+def test_a_trained_client_of_other_weights_has_another_key(trained_lenet):
+    run = Run("IG", Scenario(model="lenet", epochs=3), SHORT)
+    first = run.key()
+    tensors, about = read_tensors(models.DATA / "client-cifar10-lenet.safetensors")
+    tensors["3/network.0.weight"] = tensors["3/network.0.weight"] + 1
+    write_tensors(models.DATA / "client-cifar10-lenet.safetensors", tensors, about)
+    experiments._fingerprints.cache_clear()  # as in a new process
+    experiments._weights_fingerprint.cache_clear()
+    assert run.key() != first
 
 
 def test_every_field_of_the_attack_changes_the_key(prior):
     other = {"iterations": 7, "restarts": 2, "seed": 1, "returns": "lowest_cost", "tv_weight": 0.5, "learning_rate": 0.2}
-    other |= {"schedule": "steps", "signed": False, "prior": prior.with_offset(0.5), "as_weight": 0.7, "score_per": "batch"}
+    other |= {"schedule": "steps", "signed": False, "masked": True, "prior": prior.with_offset(0.5), "as_weight": 0.7, "score_per": "batch"}
     assert other.keys() == GIPIP.model_fields.keys()
     attacks = [GIPIP(prior=prior), *(GIPIP(**{"prior": prior, name: value}) for name, value in other.items())]
     attacks += [InvertingGradients(), DLG()]
@@ -333,6 +421,28 @@ def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restor
     assert len(presses) == 2 and not list(store.folder.iterdir())
 
 
+def test_a_defended_locally_trained_scenario_is_attacked_as_such_and_comes_back_from_the_store(store):
+    scenario = Scenario(model="lenet", batch_size=2, fedavg=FedAvg(steps=2, batch_size=1), defenses=DEFENSES[1:3])
+    result = execute(Run("IG", scenario, SHORT), store)
+    assert same(store.load(result.run), result)
+    plain = execute(Run("IG", Scenario(model="lenet", batch_size=2), SHORT))
+    assert torch.equal(result.truth, plain.truth) and not torch.equal(result.images, plain.images)
+    row = Results([store.load(result.run)]).frame().iloc[0]
+    assert row["local training"].startswith("2 steps") and row["defence"] == "noise 0.001, then sparsity 0.9"
+    assert plain.frame().iloc[0][["local training", "defence"]].tolist() == ["none (FedSGD)", "none"]
+
+
+def test_shared_statistics_reach_the_attack_that_needs_them():
+    scenario = Scenario(model="convnet16", statistics="shared")
+    result = execute(Run("GradInversion", scenario, GradInversion(iterations=1)))
+    assert "BatchNorm statistics" in result.history and "an extra assumption" in result.frame()["BatchNorm"][0]
+
+
+def test_an_epoch_that_does_not_ship_is_an_error_that_says_which_do(trained_lenet):
+    with pytest.raises(ModelError, match=r"No 'lenet' trained for 4 epochs on 'cifar10' ships.*\[3, 5\]"):
+        Scenario(model="lenet", epochs=4).client_model()
+
+
 # Sweeps ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +491,10 @@ def test_a_failing_run_does_not_stop_the_others_and_is_listed_with_its_error(sto
     [
         ({"model": "nope"}, ModelError),
         ({"dataset": "nope"}, DataError),
+        ({"model": "lenet", "epochs": 41}, ModelError),
         ({"batch_size": 11}, BatchSizeError),  # eleven images of ten different classes
+        ({"batch_size": 3, "classes": (0, 1)}, BatchSizeError),
+        ({"classes": (10,)}, DataError),
     ],
 )
 def test_an_impossible_scenario_is_refused_before_anything_is_computed(store, no_cluster, impossible, error):
@@ -506,6 +619,18 @@ def test_the_frame_has_a_row_an_image_with_arm_scenario_and_assumptions(results)
     assert expected.items() <= frame.iloc[-1].to_dict().items()
 
 
+def test_the_frame_has_a_column_for_every_field_of_the_scenario_or_the_assumption_that_tells_of_it():
+    frame = made_up("IG", [1.0, 2.0], classes=(3, 5), epochs=40, mode="train").frame()
+    told = {"statistics": "BatchNorm", "fedavg": "local training", "defenses": "defence"}
+    assert {told.get(name, name) for name in Scenario.model_fields} <= set(frame.columns)
+    assert list(frame["classes"]) == [(3, 5)] * 2 and set(frame["epochs"]) == {40} and set(frame["mode"]) == {"train"}
+
+
+def test_batches_of_other_classes_are_other_batches():
+    frames = [made_up("IG", [1.0], **about).frame() for about in ({}, {"classes": (3,)}, {"classes": (5,)}, {"distinct_labels": False})]
+    assert pandas.concat(frames)["batch"].nunique() == 4
+
+
 def test_the_table_has_a_row_an_arm_and_setting_with_intervals_and_assumptions(results):
     table = results.table(["psnr"])
     assert list(zip(table["attack"], table["batch size"], table["images"], strict=True)) == [
@@ -521,6 +646,12 @@ def test_the_table_does_not_average_over_different_assumptions():
     assert list(table["BatchNorm"]) == ["eval mode", "train mode"] and table["psnr"][1].startswith("30.000")
 
 
+def test_the_table_does_not_average_over_untrained_and_trained_clients():
+    table = Results(made_up("IG", [psnr], model="convnet16", epochs=epochs) for epochs, psnr in {0: 30.0, 40: 20.0}.items()).table(["psnr"])
+    assert list(table["model"]) == ["convnet16", "convnet16@40"]
+    assert [text.split()[0] for text in table["psnr"]] == ["30.000", "20.000"]
+
+
 def test_an_effect_is_the_mean_difference_over_the_images_both_arms_attacked(results):
     effect = results.effect("GI-PIP", "IG", batch_size=1)  # seed 3 was attacked by one arm only
     assert (effect.mean, effect.count) == (3.0, 3)  # 12 − 10, 14 − 11, 16 − 12
@@ -532,6 +663,51 @@ def test_an_effect_counts_batches_and_pairs_images_within_them(results):
     assert effect.mean == pytest.approx((2 + 3 + 4 - 1 + 3) / 5) and effect.count == 4
     assert results.effect("IG", "GI-PIP").mean == pytest.approx(-effect.mean)
     assert results.effect("GI-PIP", "IG", "ssim").mean == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b"), [("mode", "eval", "train"), ("labels", "given", "withheld"), ("epochs", 0, 40), ("fedavg", None, FedAvg(steps=2))]
+)
+def test_a_difference_pairs_the_images_of_scenarios_that_differ_in_one_field(name, a, b):
+    psnr = {(a, 0): [20.0, 22.0], (a, 1): [30.0, 31.0], (b, 1): [27.0, 30.0], (b, 0): [19.0, 19.0], (b, 2): [5.0, 5.0]}
+    results = Results(made_up("IG", values, seed=seed, **{name: value}) for (value, seed), values in psnr.items())
+    difference = results.difference({"arm": "IG", name: a}, {"arm": "IG", name: b})
+    assert (difference.mean, difference.count) == ((1 + 3 + 3 + 1) / 4, 2)  # seed 2 was attacked on one side only
+    assert difference == paired_difference([20, 22, 30, 31], [19, 19, 27, 30], groups=[0, 0, 1, 1])
+    assert results.difference({name: b}, {name: a}).mean == -2
+
+
+def test_a_difference_may_be_of_arms_and_scenarios_at_once_and_in_any_metric():
+    results = Results([made_up("IG", [10.0], mode="train"), made_up("IG", [12.0]), made_up("GI-PIP", [15.0]), made_up("DLG", [1.0])])
+    sides = {"arm": "GI-PIP", "mode": "eval"}, {"arm": "IG", "mode": "train"}
+    assert results.difference(*sides).mean == 5 and results.difference(*sides, "lpips").mean == 0
+
+
+def test_a_difference_of_real_attacks_is_that_of_their_images_on_the_same_private_ones():
+    scenarios = [Scenario(model="convnet16", batch_size=2, mode=mode) for mode in ("eval", "train")]
+    results = Results(execute(Run("IG", scenario, SHORT)) for scenario in scenarios)
+    assert torch.equal(results[0].truth, results[1].truth)
+    psnr = [-10 * (result.images - result.truth).square().mean((1, 2, 3)).log10() for result in results]
+    assert results.difference({"mode": "eval"}, {"mode": "train"}).mean == pytest.approx((psnr[0] - psnr[1]).mean().item(), rel=1e-3)
+
+
+def test_a_difference_with_an_image_attacked_twice_on_one_side_is_an_error_that_says_what_to_name():
+    results = Results(made_up("IG", [10.0], mode=mode, labels=labels) for mode in ("eval", "train") for labels in ("given", "withheld"))
+    with pytest.raises(DataError, match="several results for one image: name a scenario's field too"):
+        results.difference({"mode": "eval"}, {"mode": "train", "labels": "given"})
+    assert results.difference({"mode": "eval", "labels": "given"}, {"mode": "train", "labels": "given"}).count == 1
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"classes": (3,)}, {"model_seed": 1}, {"pool": "tuning"}, {"distinct_labels": False}])
+def test_a_difference_of_other_images_or_weights_is_refused(other):
+    results = Results([made_up("IG", [10.0]), made_up("GI-PIP", [12.0], **other)])
+    with pytest.raises(DataError, match="share no image. Give both the same batches"):
+        results.difference({"arm": "GI-PIP"}, {"arm": "IG"})
+
+
+def test_a_difference_to_nothing_is_refused(results):
+    with pytest.raises(DataError, match="nothing to compare: no results of .*'epochs': 40"):
+        results.difference({"arm": "IG"}, {"arm": "IG", "epochs": 40})
 
 
 def test_effects_answer_each_question_for_each_model_and_batch_size_with_a_verdict(results):
@@ -551,7 +727,7 @@ def test_an_effect_pairs_the_same_client_weights():
 
 def test_an_effect_of_nothing_shared_is_an_error(results):
     apart = Results([made_up("IG", [10.0], seed=0), made_up("GI-PIP", [12.0], seed=1)])
-    with pytest.raises(DataError, match="'GI-PIP' and 'IG' share no image"):
+    with pytest.raises(DataError, match="'GI-PIP'.* and .*'IG'.* share no image"):
         apart.effect("GI-PIP", "IG")
     with pytest.raises(DataError, match="nothing to compare.*'DLG'"):
         results.effect("DLG", "IG")
