@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from gipip.data import LabeledImages, load_dataset
-from gipip.errors import DamagedFileError, DataError
+from gipip.errors import DamagedFileError, DataError, GipipError
 from gipip.files import write_tensors
 from gipip.priors import AnomalyScore, Autoencoder, GenerativePrior, Generator, load_generator, train_generator
 from gipip.priors import gan as module
@@ -167,6 +167,12 @@ def test_the_checkpoint_of_the_smallest_kernel_distance_is_kept(images, monkeypa
     assert kept[0].provenance["history"] == {"step": [1, 2, 3], "kernel distance": distances}
     if distances[best - 1] == min(distances[:best]):  # the shorter training ends with its best
         assert kept[0].fingerprint == kept[1].fingerprint
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_that_diverges_is_an_error_and_not_a_prior(images):
+    with pytest.raises(GipipError, match="diverged.*after 2 steps.*smaller learning_rate"):
+        train(images, learning_rate=float("inf"))
 
 
 def test_images_that_no_generator_can_be_trained_on_are_refused(images):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from gipip.data import LabeledImages
-from gipip.errors import DamagedFileError, DataError
+from gipip.errors import DamagedFileError, DataError, GipipError
 from gipip.files import DATA, canonical_json, fingerprint, read_tensors, write_tensors
 from gipip.progress import progress
 
@@ -128,7 +129,7 @@ def train_generator(
     translation, cutout), without which it memorises a small set. Every 500 steps the average is judged by its kernel distance to the
     auxiliary images (KID, Bińkowski et al. 2018, on features of a fixed ImageNet AlexNet), and the best checkpoint is returned. With a
     `store` (a folder) a finished training of the same settings on the same images is loaded. Raises DataError for images no generator
-    can be trained on.
+    can be trained on, GipipError when the training diverges.
     """
     settings = {name: value for name, value in locals().items() if name not in ("auxiliary", "store")}
     provenance = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
@@ -242,6 +243,8 @@ class _Judge:
         with torch.random.fork_rng(devices=[]):  # the metric draws its subsets from the global generator
             torch.default_generator.manual_seed(0)
             found = self.distance.compute()[0].item()
+        if not math.isfinite(found):
+            raise GipipError(f"The generator's training diverged: not finite after {step} steps. Use a smaller learning_rate.")
         if not self.history["step"] or found < min(self.history["kernel distance"]):
             self.best = copy.deepcopy(generator.state_dict())
         self.history["step"].append(step)
