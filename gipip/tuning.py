@@ -142,7 +142,7 @@ def _with_and_without(prior: AnomalyScore, iterations: int, **settings) -> dict[
 def _conditions(prior: AnomalyScore, iterations: int) -> Study:
     counts = {1: 4, 2: 3, 4: 2, 8: 2, 12: 1, 16: 1}
     scenarios = [_tuning(count, model="convnet16", batch_size=size, distinct_labels=size <= 10) for size, count in counts.items()]
-    scenarios += [_tuning(3, model="convnet16", epochs=epochs) for epochs in (40, 60, 80, 100)]
+    scenarios += [_tuning(2, model="convnet16", epochs=epochs) for epochs in (40, 60, 80, 100)]
     return Study(tuple(itertools.chain(*scenarios)), _with_and_without(prior, iterations))
 
 
@@ -172,7 +172,7 @@ def _variants(prior: AnomalyScore, iterations: int) -> Study:
     return Study(_tuning(2, model="convnet16", batch_size=4), arms)
 
 
-AUTOENCODERS = ("width6", "depth2")
+AUTOENCODERS = ("width6", "depth2", "depth4")
 """The further autoencoders that 03_ablations compares."""
 
 
