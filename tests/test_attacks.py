@@ -11,8 +11,9 @@ from torch import nn
 
 from gipip.attacks import ATTACKS, DLG, GIPIP, InvertingGradients
 from gipip.data import LabeledImages, load_dataset
+from gipip.defenses import Clipping, GaussianNoise, Sparsification
 from gipip.errors import BatchSizeError, DataError, LabelError, UpdateError
-from gipip.federation import Client
+from gipip.federation import Client, FedAvg
 from gipip.metrics import psnr
 from gipip.models import build_model, client_model, model_fingerprint
 from gipip.priors import AnomalyScore, Autoencoder, load_prior
@@ -76,6 +77,36 @@ def test_an_attack_works_on_a_client_in_train_mode(tiny):
     result = InvertingGradients(iterations=60)(model, Client(model).share(batch, mode="train"))
     assert result.cost < sum(values[0] for values in result.history.values()) / 2
     assert result.assumptions["BatchNorm"].startswith("train mode")
+
+
+def test_an_attack_works_on_a_client_that_trains_locally_and_knows_how(tiny):
+    model, _, batch = tiny
+    update = Client(model).share(batch, fedavg=FedAvg(steps=3, batch_size=1, learning_rate=0.1))
+    result = InvertingGradients(iterations=60)(model, update)
+    assert result.cost < sum(values[0] for values in result.history.values()) / 2
+    assert result.assumptions["local training"] == "3 steps, mini-batches in a known order"
+    assert InvertingGradients().assumptions(Client(model).share(batch))["local training"] == "none (FedSGD)"
+
+
+def test_the_assumptions_name_the_defences_in_their_order_and_whether_only_non_zero_entries_are_matched(tiny):
+    model, update, batch = tiny
+    defended = Client(model).share(batch, defenses=[Sparsification(sparsity=0.5), Clipping(max_norm=1)])
+    assert InvertingGradients().assumptions(update)["defence"] == "none"
+    assert InvertingGradients().assumptions(defended)["defence"] == "sparsity 0.5, then clip 1"
+    assert InvertingGradients(masked=True).assumptions(defended)["defence"] == "sparsity 0.5, then clip 1; only non-zero entries matched"
+
+
+def test_masked_matching_ends_at_a_lower_cost_behind_a_sparsified_gradient(tiny):
+    model, _, batch = tiny
+    update = Client(model).share(batch, defenses=[Sparsification(sparsity=0.9)])
+    masked, plain = (InvertingGradients(masked=choice, iterations=60, tv_weight=0)(model, update).cost for choice in (True, False))
+    assert masked < plain
+
+
+def test_an_attack_on_noise_alone_still_gives_images(tiny):
+    model, _, batch = tiny
+    result = InvertingGradients(iterations=5)(model, Client(model).share(batch, defenses=[GaussianNoise(std=100)]))
+    assert torch.isfinite(result.images).all()
 
 
 # What comes back ---------------------------------------------------------------------------------------------------------------------
@@ -399,7 +430,9 @@ def test_the_released_settings_are_those_of_the_public_code(prior, dataset, size
 
 
 def test_the_released_schedule_falls_tenfold_at_three_five_and_seven_eighths():
-    optimizer, schedule = InvertingGradients.as_released("cifar10", 1, iterations=16).optimizer([torch.zeros(1, requires_grad=True)])
+    optimizer, schedule = InvertingGradients.as_released("cifar10", 1, iterations=16).optimizer(
+        {"images": torch.zeros(1, requires_grad=True)}
+    )
     rates = []
     for _ in range(16):
         rates.append(round(optimizer.param_groups[0]["lr"], 9))
