@@ -193,12 +193,23 @@ def test_a_study_tunes_without_offset_on_tuning_images_that_can_be_drawn(name, p
     assert {arm.attack.iterations for arm in study.arms.values()} == {7}
 
 
-@pytest.mark.parametrize("name", ["conditions", "defenses"])
+@pytest.mark.parametrize("name", ["conditions", "variants", "defenses"])
 def test_with_and_without_the_anomaly_score_differ_in_nothing_else(name, prior):
     arms = tuning.study(name, prior).arms
     without, ours = arms["InvertingGradients"], arms[tuning.EQUAL]
     assert ours.after == "InvertingGradients" and [list(stage) for stage in ours.stages] == [["as_weight"]]
     assert {field: getattr(ours.attack, field) for field in InvertingGradients.model_fields} == without.attack.model_dump()
+
+
+def test_the_variants_differ_in_their_autoencoder_and_offset_and_start_from_the_same_total_variation(prior):
+    arms = tuning.study("variants", prior).arms
+    offsets = {name: arm.attack.prior.offset for name, arm in arms.items() if isinstance(arm.attack, GIPIP)}
+    zero = {tuning.EQUAL, "anomaly score alone", *tuning.AUTOENCODERS}
+    calibrated = {"c calibrated", "c calibrated, per batch"}
+    assert offsets == dict.fromkeys(zero, 0) | dict.fromkeys(calibrated, prior.offset) | {"c as released": 0.001}
+    shapes = [(arms[name].attack.prior.autoencoder.width, arms[name].attack.prior.autoencoder.depth) for name in tuning.AUTOENCODERS]
+    assert shapes == [(6, 3), (12, 2), (12, 4)]
+    assert [name for name, arm in arms.items() if arm.after is None] == ["InvertingGradients", "anomaly score alone"]
 
 
 def test_the_main_study_tries_the_same_total_variation_for_both_attacks_on_the_stated_batches(prior):
