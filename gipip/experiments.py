@@ -398,8 +398,10 @@ def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Itera
             yield client
         return
     workers = min(workers or min(2, os.cpu_count() or 1), runs)
+    settings = {f"distributed.nanny.pre-spawn-environ.{name}": size for name, size in _KEEP_MEMORY.items()}
+    settings["distributed.scheduler.no-workers-timeout"] = "5 minutes"  # if all workers are lost: fail, rather than wait for ever
     with (
-        dask.config.set({f"distributed.nanny.pre-spawn-environ.{name}": size for name, size in _KEEP_MEMORY.items()}),
+        dask.config.set(settings),
         distributed.LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", memory_limit=0
         ) as cluster,
