@@ -191,8 +191,9 @@ def train_federated(
 
     Each step a client with `batch_size` random images shares its update and the server takes a step of SGD with momentum 0.9, its rate
     falling to zero along a cosine. BatchNorm is in eval mode while clients compute, as DP-SGD needs it; its running statistics are set
-    anew from 200 of the images every 20 steps, and from all of them in the end. With a `store` (a folder) a finished training of the same
-    model and settings on the same images is loaded instead of repeated.
+    anew from 200 of the images every 20 steps, and from all of them in the end. So that this does not diverge, the server scales every
+    update down to a norm of at most 1. With a `store` (a folder) a finished training of the same model and settings on the same images is
+    loaded instead of repeated.
     """
     settings = {"steps": steps, "batch size": batch_size, "learning rate": learning_rate, "seed": seed}
     settings |= {"model": model_fingerprint(model), "data": images.fingerprint, "defenses": [defense.model_dump() for defense in defenses]}
@@ -211,6 +212,7 @@ def train_federated(
         update = Client(model).share(images[torch.randint(len(images), (batch_size,), generator=generator)], defenses=defenses)
         for parameter, gradient in zip(parameters, update.gradients, strict=True):
             parameter.grad = gradient
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
     _set_statistics(model, images)
