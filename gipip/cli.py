@@ -240,7 +240,9 @@ def tune(
 ):
     """Choose attack weights on tuning images: up to hours on two cores, minutes on a GPU. What ships is data/tuned.json."""
     prior = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
-    settings, grid = tuning.tune(tuning.study(study, prior, iterations), store=store, workers=workers)
+    chosen = tuning.study(study, prior, iterations)
+    settings, grid = tuning.tune(chosen, store=store, workers=workers)
     made = {"command": f"gipip tune {study}", "prior": prior.with_offset(0).fingerprint, **provenance()}
-    made |= {"iterations": iterations or "the study's", "criterion": "highest mean PSNR on tuning images"}
+    tried = {name: arm.attack.iterations for name, arm in chosen.arms.items()}
+    made |= {"iterations": tried, "criterion": "highest mean PSNR on tuning images"}
     typer.echo(f"Saved: {tuning.write_tuned(output, study, settings, grid, made)}")

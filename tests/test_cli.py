@@ -299,7 +299,8 @@ def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(tm
     written = json.loads(output.read_text())
     assert written["settings"]["cifar10/lenet/B=1"]["IG"]["tv_weight"] in (0.0, 0.1)
     made = written["studies"]["tiny"]["made"]
-    assert {"command": "gipip tune tiny", "iterations": 2, "prior": gipip.load_prior().with_offset(0).fingerprint}.items() <= made.items()
+    assert set(made["iterations"].values()) == {2}
+    assert {"command": "gipip tune tiny", "prior": gipip.load_prior().with_offset(0).fingerprint}.items() <= made.items()
     assert len(written["studies"]["tiny"]["grid"]) == 2
 
 
