@@ -83,7 +83,10 @@ class Scenario(BaseModel):
 
     @property
     def condition(self) -> str:
-        """What attack weights are tuned for, as a key of data/tuned.json: everything but which images, which seeds and which labels."""
+        """What attack weights are tuned for, as a key of data/tuned.json: data set, model, batch size, defences, local steps.
+
+        Not in it: which images and labels, the seeds, BatchNorm's mode, and the local steps' mini-batches and learning rate.
+        """
         parts = [self.dataset, f"{self.model}@{self.epochs}" if self.epochs else self.model, f"B={self.batch_size}"]
         parts += [f"FedAvg {self.fedavg.steps}"] if self.fedavg else []
         return "/".join([*parts, *map(str, self.defenses)])

@@ -14,11 +14,20 @@ import safetensors
 import safetensors.torch
 import torch
 
-from gipip.errors import DamagedFileError
+from gipip.errors import DamagedFileError, DataError
 
 _PACKAGE = Path(__file__).parent
 DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent / "data"
 """Folder of the files that ship with gipip: `data/` of a checkout, `gipip/_data/` of an installed wheel."""
+
+
+def shipped(kind: str, name: str, advice: str) -> Path:
+    """The file DATA/`kind`-`name`.safetensors; DataError, listing what there is and ending with `advice`, if it does not ship."""
+    path = DATA / f"{kind}-{name}.safetensors"
+    if not path.exists():
+        known = ", ".join(sorted(path.stem.removeprefix(f"{kind}-") for path in DATA.glob(f"{kind}-*.safetensors")))
+        raise DataError(f"No {kind} {name!r} ships with gipip. Known: {known or 'none'}. {advice}")
+    return path
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:

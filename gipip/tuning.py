@@ -131,7 +131,7 @@ def with_and_without(condition: str, prior: AnomalyScore, **changes) -> dict[str
     return {"without": InvertingGradients.tuned(condition, **changes), "with": ours}
 
 
-def _with_and_without(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
+def _equal_tv_arms(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
     """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without the anomaly score at equal total variation."""
     return {
         "InvertingGradients": Arm(InvertingGradients(iterations=iterations, **settings), (_SMALL_TV,)),
@@ -143,7 +143,7 @@ def _conditions(prior: AnomalyScore, iterations: int) -> Study:
     counts = {1: 4, 2: 3, 4: 2, 8: 2, 12: 1, 16: 1}
     scenarios = [_tuning(count, model="convnet16", batch_size=size, distinct_labels=size <= 10) for size, count in counts.items()]
     scenarios += [_tuning(2, model="convnet16", epochs=epochs) for epochs in (40, 60, 80, 100)]
-    return Study(tuple(itertools.chain(*scenarios)), _with_and_without(prior, iterations))
+    return Study(tuple(itertools.chain(*scenarios)), _equal_tv_arms(prior, iterations))
 
 
 DEFENSES = (
@@ -157,11 +157,11 @@ DEFENSES = (
 
 def _defenses(prior: AnomalyScore, iterations: int) -> Study:
     scenarios = [_tuning(3, model="convnet16", defenses=(defense,)) for defense in DEFENSES]
-    return Study(tuple(itertools.chain(*scenarios)), _with_and_without(prior, iterations, masked=True))
+    return Study(tuple(itertools.chain(*scenarios)), _equal_tv_arms(prior, iterations, masked=True))
 
 
 def _variants(prior: AnomalyScore, iterations: int) -> Study:
-    arms = _with_and_without(prior, iterations)
+    arms = _equal_tv_arms(prior, iterations)
     others = {name: load_prior(f"cifar10-{name}").with_offset(0) for name in AUTOENCODERS}
     others |= {"c calibrated": load_prior(), "c as released": prior.with_offset(RELEASED_OFFSETS["cifar10"])}
     attacks = {name: GIPIP(prior=other, iterations=iterations) for name, other in others.items()}

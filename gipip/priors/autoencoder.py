@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gipip.data import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError
-from gipip.files import DATA, canonical_json, fingerprint, read_tensors, write_tensors
+from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
 from gipip.progress import progress
 
 _EVALUATE_EVERY = 100
@@ -95,11 +95,7 @@ def load_prior(name: str = "cifar10") -> AnomalyScore:
 
     Raises DataError when there is none of that name.
     """
-    path = DATA / f"autoencoder-{name}.safetensors"
-    if not path.exists():
-        known = ", ".join(sorted(path.stem.removeprefix("autoencoder-") for path in DATA.glob("autoencoder-*.safetensors")))
-        raise DataError(f"No autoencoder {name!r} ships with gipip. Known: {known}. Train one: gipip.train_autoencoder(data.auxiliary()).")
-    return AnomalyScore.load(path)
+    return AnomalyScore.load(shipped("autoencoder", name, "Train one: gipip.train_autoencoder(data.auxiliary())."))
 
 
 def train_autoencoder(

@@ -15,7 +15,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from gipip.data import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError
-from gipip.files import DATA, canonical_json, fingerprint, read_tensors, write_tensors
+from gipip.files import DATA, canonical_json, fingerprint, read_tensors, shipped, write_tensors
 from gipip.progress import progress
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -103,11 +103,7 @@ class GenerativePrior(nn.Module):
 
 def load_generator(name: str) -> GenerativePrior:
     """A generator that ships with gipip, such as "cifar10-3.8%"; see data/README.md. Raises DataError when there is none of that name."""
-    path = DATA / f"generator-{name}.safetensors"
-    if not path.exists():
-        known = ", ".join(sorted(path.stem.removeprefix("generator-") for path in DATA.glob("generator-*.safetensors")))
-        raise DataError(f"No generator {name!r} ships with gipip. Known: {known or 'none'}. Train one: gipip.train_generator(auxiliary).")
-    return GenerativePrior.load(path)
+    return GenerativePrior.load(shipped("generator", name, "Train one: gipip.train_generator(auxiliary)."))
 
 
 def train_generator(
