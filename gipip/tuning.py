@@ -147,7 +147,7 @@ def _conditions(prior: AnomalyScore, iterations: int) -> Study:
 
 
 DEFENSES = (
-    *(GaussianNoise(std=std) for std in (1e-3, 1e-2, 1e-1)),
+    *(GaussianNoise(std=std) for std in (1e-4, 1e-3, 1e-2, 1e-1)),
     *(Sparsification(sparsity=sparsity) for sparsity in (0.5, 0.9, 0.95, 0.99)),
     Soteria(pruned=0.5),
     *(DPSGD(max_norm=1.0, noise_multiplier=noise) for noise in (0.01, 0.1)),
