@@ -344,16 +344,24 @@ def sweep(
     store: Path | str | ResultStore,
     workers: int | None = None,
     scheduler: str | None = None,
+    resources: Mapping[str, float] | None = None,
 ) -> Results:
     """Execute runs side by side; those whose results are in the store are only loaded.
 
     `workers`: processes on this machine, each with one thread (default: two, or the number of cores if that is less). `scheduler`: the
-    address of a running dask.distributed scheduler to use instead; its workers must see the same store folder and work best with one thread
-    each. Each result is stored as soon as it is there. A script must call this under `if __name__ == "__main__":`, as workers import it.
+    address of a running dask.distributed scheduler whose workers to use instead (default: DASK_SCHEDULER_ADDRESS in the environment); they
+    must see the same store folder and work best with one thread each. `resources`: what a run needs of its worker, e.g. {"GPU": 1} for
+    workers started with `--resources "GPU=1"`. Each result is stored as soon as it is there. A script must call this under
+    `if __name__ == "__main__":`, as workers import it.
 
-    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused before anything is computed. A run that
-    fails does not stop the others; at the end SweepError lists the failures.
+    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused before anything is computed. The run of a
+    worker that is lost goes to another; SweepError when for five minutes there is none. A run that fails does not stop the others; at the
+    end SweepError lists the failures.
     """
+    scheduler = scheduler or dask.config.get("scheduler-address", None)
+    resources = {name: float(amount) for name, amount in (resources or {}).items()}
+    if resources and not scheduler:
+        raise SweepError(f"Workers on this machine offer no resources such as {resources}. Give the address of a cluster's scheduler.")
     runs = list(runs)
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     results = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
@@ -362,7 +370,7 @@ def sweep(
     failures = []
     if missing:
         with _dask_client(workers, scheduler, len(missing)) as client:
-            failures = _execute_all(client, missing, store)
+            failures = _execute_all(client, missing, store, resources)
     if failures:
         listing = "\n".join(f"- {run.arm} on {run.scenario}: {error!r}" for run, error in failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; the other results are stored in {store.folder}:\n{listing}")
@@ -372,16 +380,60 @@ def sweep(
     return Results(found)
 
 
-def _execute_all(client: distributed.Client, runs: list[Run], store: ResultStore) -> list[tuple[Run, BaseException]]:
+def _execute_all(
+    client: distributed.Client, runs: list[Run], store: ResultStore, resources: dict[str, float]
+) -> list[tuple[Run, BaseException]]:
     """Run everything on the cluster; gives the runs that failed and their errors."""
-    futures = {client.submit(_work, run, store, key=f"{run.arm}-{uuid.uuid4().hex}"): run for run in runs}
+    futures = {client.submit(_work, run, store, key=f"{run.arm}-{uuid.uuid4().hex}", resources=resources): run for run in runs}
     failures = []
-    for future in progress(distributed.as_completed(futures), total=len(futures), description="attacks", unit="run"):
+    for future in progress(_as_finished(client, futures, resources), total=len(futures), description="attacks", unit="run"):
         if future.status != "finished":
             lost = ConnectionError(f"it was {future.status}: the scheduler cannot be reached any more")
             failures.append((futures[future], future.exception() if future.status == "error" else lost))
         future.release()
     return failures
+
+
+_PATIENCE = 300  # seconds without a worker after which a sweep fails, rather than wait for ever
+
+
+def _as_finished(client: distributed.Client, futures: Iterable, resources: dict[str, float]) -> Iterator[distributed.Future]:
+    """The futures as they finish. Raises SweepError when no worker that can run them is connected for too long."""
+    if not _can_run(client, resources):
+        warnings.warn(f"{_no_worker(client, resources)} Waiting for one.", stacklevel=2)
+    finished = distributed.as_completed(futures)
+    seen = looked = time.monotonic()
+    while not finished.is_empty():
+        yield from finished.next_batch(block=False)
+        time.sleep(0.1)
+        if (now := time.monotonic()) - looked > _PATIENCE / 20:
+            looked = now
+            if _can_run(client, resources):
+                seen = now
+            elif now - seen > _PATIENCE:
+                left = f"Gave up after {_PATIENCE} seconds; runs not done: {finished.count()}. The other results are stored."
+                raise SweepError(f"{_no_worker(client, resources)} {left}")
+
+
+def _connected_workers(client: distributed.Client) -> list[dict]:
+    return list(client.sync(client.scheduler.identity)["workers"].values())
+
+
+def _can_run(client: distributed.Client, resources: dict[str, float]) -> bool:
+    """Whether a worker is connected that has all these resources."""
+    return any(
+        all(worker["resources"].get(name, 0) >= amount for name, amount in resources.items()) for worker in _connected_workers(client)
+    )
+
+
+def _no_worker(client: distributed.Client, resources: dict[str, float]) -> str:
+    tag = " ".join(f"{name}={amount:g}" for name, amount in resources.items())
+    offering, option = (f" that offers {tag}", f' --resources "{tag}"') if tag else ("", "")
+    address, connected = client.scheduler.address, len(_connected_workers(client))
+    return (
+        f"No worker{offering} is connected to the scheduler {address} ({connected} workers are). "
+        f"Start one with `dask worker {address} --nthreads 1{option}`."
+    )
 
 
 def _work(run: Run, store: ResultStore) -> None:
@@ -397,12 +449,11 @@ _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 2**32, "MALLOC_MMAP_THRESHOLD_": 2**25
 @contextlib.contextmanager
 def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Iterator[distributed.Client]:
     if scheduler:
-        with distributed.Client(scheduler) as client:
+        with _connected(scheduler) as client:
             yield client
         return
     workers = min(workers or min(2, os.cpu_count() or 1), runs)
     settings = {f"distributed.nanny.pre-spawn-environ.{name}": size for name, size in _KEEP_MEMORY.items()}
-    settings["distributed.scheduler.no-workers-timeout"] = "5 minutes"  # if all workers are lost: fail, rather than wait for ever
     with (
         dask.config.set(settings),
         distributed.LocalCluster(
@@ -411,3 +462,11 @@ def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Itera
         distributed.Client(cluster) as client,
     ):
         yield client
+
+
+def _connected(scheduler: str) -> distributed.Client:
+    try:
+        return distributed.Client(scheduler)
+    except (OSError, ValueError) as error:
+        advice = "Start one with `dask scheduler` and give the address that it prints, such as tcp://host:8786."
+        raise SweepError(f"There is no dask scheduler at {scheduler!r} ({error}). {advice}") from error

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import distributed
 import numpy as np
@@ -508,15 +507,6 @@ def test_the_run_of_a_killed_worker_is_done_again_by_another(store, scheduler, t
     results = sweep(runs, store=store, scheduler=scheduler)
     assert marker.exists() and len(results) == 3
     assert torch.equal(results[0].images, execute(Run("IG", LENET, SHORT)).images)
-
-
-def test_runs_lost_with_their_scheduler_are_failures_that_say_so(store, monkeypatch):
-    client = MagicMock(spec=distributed.Client)
-    client.submit.return_value.status = "cancelled"
-    monkeypatch.setattr(distributed, "as_completed", list)
-    run = Run("IG", LENET, SHORT)
-    [(failed, error)] = experiments._execute_all(client, [run], store)
-    assert failed is run and str(error) == "it was cancelled: the scheduler cannot be reached any more"
 
 
 def test_workers_that_store_elsewhere_are_noticed(store, monkeypatch):
