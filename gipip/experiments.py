@@ -387,10 +387,11 @@ def _execute_all(
     futures = {client.submit(_work, run, store, key=f"{run.arm}-{uuid.uuid4().hex}", resources=resources): run for run in runs}
     failures = []
     for future in progress(_as_finished(client, futures, resources), total=len(futures), description="attacks", unit="run"):
-        if future.status != "finished":
-            lost = ConnectionError(f"it was {future.status}: the scheduler cannot be reached any more")
-            failures.append((futures[future], future.exception() if future.status == "error" else lost))
-        future.release()
+        if future.status == "error":
+            failures.append((futures[future], future.exception()))
+        elif future.status == "cancelled":
+            failures.append((futures[future], ConnectionError("it was cancelled: the scheduler cannot be reached any more")))
+        future.release()  # "lost": its worker died after it had finished and stored the result
     return failures
 
 
@@ -446,6 +447,13 @@ def _work(run: Run, store: ResultStore) -> None:
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 2**32, "MALLOC_MMAP_THRESHOLD_": 2**25}
 
 
+# On an overloaded machine a worker's event loop can stand still for more than half a minute, while it imports torch for its first run.
+# Meanwhile the runs that are sent to it (0.2 MB each with an autoencoder) fill its socket; after 30 seconds the kernel calls the connection
+# dead, and the worker ends itself for good: "Scheduler was unaware of this worker; shutting down". And a killed worker is given up if its
+# successor is not there after 15 seconds. Here, on one machine, the end of a process is noticed at once without any timeout.
+_BE_PATIENT = {"distributed.comm.timeouts.tcp": "10 minutes", "distributed.deploy.lost-worker-timeout": "10 minutes"}
+
+
 @contextlib.contextmanager
 def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Iterator[distributed.Client]:
     if scheduler:
@@ -453,7 +461,7 @@ def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Itera
             yield client
         return
     workers = min(workers or min(2, os.cpu_count() or 1), runs)
-    settings = {f"distributed.nanny.pre-spawn-environ.{name}": size for name, size in _KEEP_MEMORY.items()}
+    settings = _BE_PATIENT | {f"distributed.nanny.pre-spawn-environ.{name}": size for name, size in _KEEP_MEMORY.items()}
     with (
         dask.config.set(settings),
         distributed.LocalCluster(

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import dask
 import distributed
 import numpy as np
 import pandas
@@ -507,6 +508,12 @@ def test_the_run_of_a_killed_worker_is_done_again_by_another(store, scheduler, t
     results = sweep(runs, store=store, scheduler=scheduler)
     assert marker.exists() and len(results) == 3
     assert torch.equal(results[0].images, execute(Run("IG", LENET, SHORT)).images)
+
+
+def test_workers_on_an_overloaded_machine_are_not_given_up_after_half_a_minute(scheduler):
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        told = client.run(dask.config.get, "distributed.comm.timeouts.tcp")
+    assert dask.config.get("distributed.deploy.lost-worker-timeout") == "10 minutes" and set(told.values()) == {"10 minutes"}
 
 
 def test_workers_that_store_elsewhere_are_noticed(store, monkeypatch):
