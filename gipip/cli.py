@@ -73,7 +73,8 @@ def reproduce(
 ):
     """Run the notebooks and regenerate their figures.
 
-    Every finished attack is kept in the result store: after an interruption the same command goes on where it was.
+    Every finished attack is kept in the result store: after an interruption the same command goes on where it was. With the address of a
+    dask scheduler in DASK_SCHEDULER_ADDRESS the attacks run on its cluster.
     """
     finished = run(profile, only, in_place=in_place, output=output, report=lambda line: typer.secho(line, bold=True))
     typer.echo()
@@ -234,6 +235,7 @@ def tune(
     study: Annotated[str, typer.Argument(help=f"One of {', '.join(tuning.STUDIES)}.")] = "main",
     iterations: Annotated[int | None, typer.Option(min=1, help="Iterations of each attack.", show_default="the study's")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="two, or fewer cores")] = None,
+    scheduler: Annotated[str | None, typer.Option(envvar="DASK_SCHEDULER_ADDRESS", help="Of a dask cluster to use instead.")] = None,
     prior_file: Annotated[Path | None, typer.Option("--prior", help="Trained autoencoder.", show_default="the one shipped")] = None,
     store: Annotated[Path, typer.Option(help="Folder of the results; a second run goes on from there.")] = Path("results"),
     output: Annotated[Path, typer.Option(help="File to which the study is added.")] = Path("results/tuned.json"),
@@ -241,7 +243,7 @@ def tune(
     """Choose attack weights on tuning images: up to hours on two cores, minutes on a GPU. What ships is data/tuned.json."""
     prior = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
     chosen = tuning.study(study, prior, iterations)
-    settings, grid = tuning.tune(chosen, store=store, workers=workers)
+    settings, grid = tuning.tune(chosen, store=store, workers=workers, scheduler=scheduler)
     made = {"command": f"gipip tune {study}", "prior": prior.with_offset(0).fingerprint, **provenance()}
     tried = {name: arm.attack.iterations for name, arm in chosen.arms.items()}
     made |= {"iterations": tried, "criterion": "highest mean PSNR on tuning images"}

@@ -91,6 +91,7 @@ def test_the_version_is_the_packages():
         (["train-generator", "--data", "nowhere"], "nowhere is not a folder"),
         (["train-generator", "--fraction", "0"], "fraction=0.0 selects no part"),
         (["tune", "everything"], "Unknown study 'everything'. Known: main, "),
+        (["tune", "--scheduler", "head"], "There is no dask scheduler at 'head' (missing port number in address 'head')."),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(arguments, message):
@@ -287,14 +288,15 @@ def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(tm
         attack = gipip.InvertingGradients(iterations=iterations)
         return tuning.Study((gipip.Scenario(pool="tuning", model="lenet"),), {"IG": tuning.Arm(attack, ({"tv_weight": (0.0, 0.1)},))})
 
-    def sweep(runs, *, store, workers):
-        assert workers == 1
+    def sweep(runs, *, store, workers, scheduler):
+        assert workers == 1 and scheduler == "tcp://head:8786"
         return [experiments.execute(run, experiments.ResultStore(store)) for run in runs]
 
     monkeypatch.setitem(tuning._STUDIES, "tiny", (tiny, 99))
     monkeypatch.setattr(tuning, "sweep", sweep)  # in this process: a worker takes long to start
     output = tmp_path / "tuned.json"
-    text = succeeds("tune", "tiny", "--iterations", 2, "--workers", 1, "--store", tmp_path / "store", "--output", output)
+    cluster = ["--workers", 1, "--scheduler", "tcp://head:8786"]
+    text = succeeds("tune", "tiny", "--iterations", 2, *cluster, "--store", tmp_path / "store", "--output", output)
     assert f"Saved: {output}" in text and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
     written = json.loads(output.read_text())
     assert written["settings"]["cifar10/lenet/B=1"]["IG"]["tv_weight"] in (0.0, 0.1)

@@ -101,7 +101,8 @@ def running_scheduler(folder):
 
 
 def worker(address, name, *options):
-    return running("worker", address, "--nthreads", "1", "--no-dashboard", "--preload", "gipip", "--name", name, *options, WORKER=name)
+    settings = ["--nthreads", "1", "--memory-limit", "0", "--preload", "gipip", "--no-dashboard", "--name", name]
+    return running("worker", address, *settings, *options, WORKER=name)
 
 
 @pytest.fixture(scope="module")
