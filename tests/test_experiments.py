@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import dask
 import distributed
@@ -508,6 +509,13 @@ def test_the_run_of_a_killed_worker_is_done_again_by_another(store, scheduler, t
     results = sweep(runs, store=store, scheduler=scheduler)
     assert marker.exists() and len(results) == 3
     assert torch.equal(results[0].images, execute(Run("IG", LENET, SHORT)).images)
+
+
+def test_a_run_whose_worker_dies_after_it_has_finished_is_no_failure(store, monkeypatch):
+    client = MagicMock(spec=distributed.Client)
+    client.submit.return_value.status = "lost"
+    monkeypatch.setattr(experiments, "_as_finished", lambda client, futures, resources: list(futures))
+    assert experiments._execute_all(client, [Run("IG", LENET, SHORT)], store, {}) == []
 
 
 def test_workers_on_an_overloaded_machine_are_not_given_up_after_half_a_minute(scheduler):

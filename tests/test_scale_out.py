@@ -60,7 +60,7 @@ def names(folder):
     return set(" ".join(path.read_text() for path in Path(folder).glob("[0-9]*")).split())
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
