@@ -146,7 +146,7 @@ class DPSGD(Defense):
                 "Share with mode='eval' and without fedavg."
             )
         model, inputs, labels = _recall(self, update, model, batch)
-        parameters = trainable(model)
+        parameters = trainable(model.network)
         total = [torch.zeros_like(gradient) for gradient in update.gradients]
         for image, label in zip(inputs.split(1), labels.split(1), strict=True):
             clipped = _clipped(local_update(model.network, parameters, image, label), self.max_norm)

@@ -25,6 +25,10 @@ class UpdateError(GipipError):
     """A shared update is unusable: not finite, or from another model."""
 
 
+class EngineError(GipipError):
+    """An engine that cannot run here, or not for this attack."""
+
+
 class DefenseError(GipipError):
     """A defence lacks what it needs, or cannot be applied to the update."""
 

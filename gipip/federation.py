@@ -53,7 +53,7 @@ def local_update(
     steps: (θ before − θ after) / (learning rate × steps). With `create_graph` it can be differentiated with respect to the inputs.
     """
     if fedavg is None:
-        loss = nn.functional.cross_entropy(network(inputs), labels)
+        loss = nn.functional.cross_entropy(functional_call(network, dict(parameters), (inputs,)), labels)
         return torch.autograd.grad(loss, tuple(parameters.values()), create_graph=create_graph)
     current = dict(parameters)
     for step in range(fedavg.steps):

@@ -8,7 +8,7 @@ import copy
 import functools
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -17,10 +17,12 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
+from gipip.attacks.engines import ClientGradient, Engine, choose_engine, client_gradient, in_chunks
 from gipip.attacks.labels import infer_labels
+from gipip.attacks.objectives import norm
 from gipip.attacks.replay import Replay
-from gipip.errors import BatchSizeError, LabelError
-from gipip.federation import SharedUpdate, local_update
+from gipip.errors import BatchSizeError, EngineError, LabelError
+from gipip.federation import SharedUpdate
 from gipip.models import ClientModel, trainable
 from gipip.progress import progress
 
@@ -34,8 +36,8 @@ class Reconstruction:
     `images`: float32 in [0, 1], shape (batch, 3, height, width), on the CPU. `labels`: given, inferred or optimised ones, as
     `assumptions` says. `history`: for each weighted term of the cost its value before every iteration and after the last, shape
     (iterations + 1,); the cost is their sum. `restart_costs`: the attacker-visible cost of each restart's result; the lowest is returned.
-    `returned`: which iterate the images are. `interrupted`: whether the user stopped it before its last iteration. `notes`: what went wrong
-    on the way (non-finite costs, interruption).
+    `returned`: which iterate the images are. `engine`: how the gradient was computed. `interrupted`: whether the user stopped it before its
+    last iteration. `notes`: what went wrong on the way (non-finite costs, interruption).
     """
 
     images: Float[Tensor, "batch 3 height width"]
@@ -46,6 +48,7 @@ class Reconstruction:
     returned: str
     assumptions: dict[str, str]
     seconds: float
+    engine: str = "eager"
     interrupted: bool = False
     notes: tuple[str, ...] = ()
 
@@ -54,12 +57,14 @@ class Reconstruction:
 class View:
     """All that an attack works with: the network that takes normalised images, the update's gradients, and labels if the attack knows them.
 
-    `parameters`: the network's trainable ones, in the gradients' order. `update`: all that was shared; its gradients are the `target`.
-    `shape`: of the candidate images. `start`: what an earlier stage of an attack found, for the next one.
+    `gradients`: the update that a client with given normalised images and labels (class indices or distributions) would share,
+    differentiable. `update`: all that was shared; its gradients are the `target`. `shape`: of the candidate images. `start`: what an
+    earlier stage of an attack found, for the next one.
     """
 
     network: nn.Module
-    parameters: Mapping[str, nn.Parameter]
+    gradients: ClientGradient
+    engine: Engine
     normalize: nn.Module
     update: SharedUpdate
     shape: tuple[int, int, int, int]
@@ -74,10 +79,15 @@ class View:
         """g*: the shared gradients."""
         return self.update.gradients
 
+    @functools.cached_property
+    def target_norm(self) -> Float[Tensor, ""]:
+        """‖g*‖ over all parameters."""
+        return norm(self.target)
+
     @property
     def like(self) -> Tensor:
         """A tensor on the attack's device and in its precision."""
-        return next(iter(self.parameters.values()))
+        return next(self.network.parameters())
 
     def place(self, module: nn.Module) -> nn.Module:
         """A copy of a prior on the attack's device and in its precision, made once."""
@@ -92,10 +102,6 @@ class View:
     def images(self, normalized: Tensor) -> Float[Tensor, "batch 3 height width"]:
         """The candidate in image space, clamped to [0, 1]."""
         return self.normalize.inverse(normalized).clamp(0, 1)
-
-    def gradients(self, normalized: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The update that a client with these images and labels (class indices or distributions) would share; differentiable."""
-        return local_update(self.network, self.parameters, normalized, labels, self.update.fedavg, create_graph=True)
 
 
 @dataclass(eq=False)
@@ -189,17 +195,21 @@ class Attack(BaseModel):
         model: ClientModel,
         update: SharedUpdate,
         *,
+        engine: str = "auto",
+        chunk_size: int | None = None,
         watch: Callable[[int, Tensor, float], None] | None = None,
         watch_every: int = 25,
     ) -> Reconstruction:
         """Reconstruct the images behind `update`, which a client with `model` shared.
 
+        `engine`: how the gradient is computed (see `gipip.attacks.engines`), by default the fastest that pays; they differ by rounding
+        only. `chunk_size`: take the candidates' gradient from so many images at a time, for less memory.
         `watch(iteration, images, cost)` is called every `watch_every` iterations with the candidate in [0, 1]; it may raise StopIteration
-        to end the attack there. Ctrl-C ends it too; either way what there is comes back. Raises ModelError, UpdateError, LabelError or
-        BatchSizeError before the first iteration.
+        to end the attack there. Ctrl-C ends it too; either way what there is comes back. Raises ModelError, UpdateError, LabelError,
+        BatchSizeError or EngineError before the first iteration.
         """
         started = time.perf_counter()
-        view = self._view(model, update)
+        view = self._view(model, update, engine, chunk_size)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # gradients are matched to float32's precision
             attempts, results = self._search(view, watch, watch_every)
         attempt, (variables, cost, returned) = min(zip(attempts, results, strict=True), key=lambda pair: pair[1][1])
@@ -214,11 +224,12 @@ class Attack(BaseModel):
             returned=returned,
             assumptions=self.assumptions(update),
             seconds=time.perf_counter() - started,
+            engine=view.engine,
             interrupted=attempts[-1].stopped,
             notes=tuple(note for attempt in attempts for note in attempt.notes),
         )
 
-    def _view(self, model: ClientModel, update: SharedUpdate) -> View:
+    def _view(self, model: ClientModel, update: SharedUpdate, engine: str = "auto", chunk_size: int | None = None) -> View:
         update.check(model)
         model = copy.deepcopy(model).train(update.mode == "train")  # a copy: train mode would move the running statistics
         shape = (update.batch_size, *update.image_shape)
@@ -227,7 +238,13 @@ class Attack(BaseModel):
         if update.labels is not None:
             _check_labels(update.labels, update.batch_size, classes)
         labels = self.known_labels(model, update)
-        return View(model.network, trainable(model.network), model.normalize, update, shape, classes, labels, torch.Generator())
+        cuda = next(model.parameters()).is_cuda
+        engine = choose_engine(engine, cuda=cuda, replayable=self.replayable)
+        gradients = client_gradient(model.network, trainable(model.network), update.fedavg, engine)
+        if chunk_size is not None:
+            _check_chunks(chunk_size, update, engine)
+            gradients = in_chunks(gradients, chunk_size)
+        return View(model.network, gradients, engine, model.normalize, update, shape, classes, labels, torch.Generator())
 
     def _search(self, view: View, watch=None, watch_every: int = 25) -> tuple[list[_Attempt], list[tuple[dict[str, Tensor], float, str]]]:
         """Every restart, and what `_choose` returns for each."""
@@ -245,7 +262,7 @@ class Attack(BaseModel):
         infinite = torch.full((), float("inf")).to(view.like)
         attempt = _Attempt(variables, {name: variable.detach().clone() for name, variable in variables.items()}, infinite)
         step = functools.partial(self._step, view, attempt, optimizer)
-        if self.replayable and infinite.is_cuda:
+        if view.engine == "cudagraph":
             step = Replay(step)
         try:
             for iteration in progress(range(self.iterations), description=description):
@@ -311,3 +328,11 @@ def _check_labels(labels: Int[Tensor, "batch"], batch_size: int, classes: int) -
         raise BatchSizeError(f"The update is of {batch_size} images but {len(labels)} labels came with it. Expected one label an image.")
     if ((labels < 0) | (labels >= classes)).any():
         raise LabelError(f"The update's labels {labels.tolist()} are out of range: the model has {classes} classes, 0 to {classes - 1}.")
+
+
+def _check_chunks(chunk_size: int, update: SharedUpdate, engine: Engine) -> None:
+    if chunk_size < 1 or update.mode == "train" or update.fedavg or engine == "eager":
+        raise EngineError(
+            f"The gradient cannot be taken in chunks of {chunk_size}: that needs a positive number, BatchNorm in eval mode (here: "
+            f"{update.mode}), one gradient rather than local training, and an engine other than 'eager' (here: {engine!r})."
+        )

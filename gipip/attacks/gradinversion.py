@@ -58,13 +58,10 @@ class GradInversion(InvertingGradients):
     def _match(self, view: View, images: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor]:
         """Distance of one seed's gradients and of its BatchNorm statistics to the shared ones."""
         with batch_statistics(view.network) as found:
-            gradients = view.gradients(images, view.labels)
-        if view.update.fedavg:  # local training passes mini-batches and moves the weights: the statistics shared are of the whole batch
-            with batch_statistics(view.network) as found:
-                view.network(images)
+            view.network(images)
         pairs = zip(found, view.update.statistics, strict=True)
         layers = [(a - b).square().mean() for ours, shared in pairs for a, b in zip(ours, shared, strict=True)]
-        return self.distance(view, gradients), sum(layers) / len(layers)
+        return self.distance(view, view.gradients(images, view.labels)), sum(layers) / len(layers)
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         about = super().assumptions(update)

@@ -47,7 +47,7 @@ class InvertingGradients(Attack):
         """1 − cos(g, g*), with `masked` over the entries that are not zero in g*."""
         if self.masked:
             gradients = [gradient * (shared != 0) for gradient, shared in zip(gradients, view.target, strict=True)]
-        return cosine_distance(gradients, view.target)
+        return cosine_distance(gradients, view.target, view.target_norm)
 
     def direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign() if self.signed else gradient

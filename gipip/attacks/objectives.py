@@ -2,16 +2,51 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def cosine_distance(gradients: Sequence[Tensor], target: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """1 − cos(g, g*), one angle over all parameters concatenated (Geiping et al. 2020, eq. 4); in [0, 2]."""
-    product = sum((a * b).sum() for a, b in zip(gradients, target, strict=True))
-    norm = sum(a.square().sum() for a in gradients).sqrt()
-    target_norm = sum(b.square().sum() for b in target).sqrt()
-    return 1 - product / (norm * target_norm)
+def cosine_distance(gradients: Sequence[Tensor], target: Sequence[Tensor], target_norm: Tensor | None = None) -> Float[Tensor, ""]:
+    """1 − cos(g, g*), one angle over all parameters concatenated (Geiping et al. 2020, eq. 4); in [0, 2].
+
+    `target_norm`: ‖g*‖, when it is known.
+    """
+    if target_norm is None:
+        target_norm = norm(target)
+    return _CosineDistance.apply(target_norm, len(gradients), *gradients, *target)
+
+
+def norm(gradients: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """‖g‖ over all parameters."""
+    return sum(map(_dot, gradients, gradients)).sqrt()
+
+
+class _CosineDistance(torch.autograd.Function):
+    """With its derivative (cos·g/‖g‖ − g*/‖g*‖) / ‖g‖ written out: autograd's would pass over millions of numbers three times as often."""
+
+    @staticmethod
+    def forward(ctx, target_norm, count, *tensors):
+        pairs = [(_dot(a, b), _dot(a, a)) for a, b in zip(tensors[:count], tensors[count:], strict=True)]
+        product, square = map(sum, zip(*pairs, strict=True))
+        norm = square.sqrt()
+        ctx.save_for_backward(norm, target_norm, product / (norm * target_norm), *tensors)
+        return 1 - product / (norm * target_norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weight):
+        norm, target_norm, cosine, *tensors = ctx.saved_tensors
+        gradients, target = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]  # equally many, as forward has made sure
+        along, towards = weight * cosine / norm.square(), -weight / (norm * target_norm)
+        derivatives = ((a * along).addcmul_(b, towards) for a, b in zip(gradients, target, strict=True))
+        return None, None, *derivatives, *[None] * len(target)
+
+
+def _dot(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
+    """Σ a·b, without a product as large as they are."""
+    return torch.dot(a.flatten(), b.flatten())
 
 
 def squared_distance(gradients: Sequence[Tensor], target: Sequence[Tensor]) -> Float[Tensor, ""]:

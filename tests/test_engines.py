@@ -1,0 +1,166 @@
+"""Every engine gives what autograd's double backward gives."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import gipip
+from gipip.attacks.engines import choose_engine, client_gradient, in_chunks
+from gipip.errors import EngineError
+from gipip.models import trainable
+from gipip.priors import GenerativePrior, Generator
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="compiling needs a C++ compiler")
+
+
+class Unusual(nn.Module):
+    """Grouped, dilated, strided and transposed convolutions, group normalisation, tanh and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, stride=2, padding=2, dilation=2, groups=3)
+        self.second = nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1, output_padding=1, bias=False)
+        self.norm = nn.GroupNorm(2, 4)
+        self.frozen = nn.Conv2d(4, 4, 3).requires_grad_(False)
+        self.linear = nn.Linear(4 * 4 * 4, 10)
+
+    def forward(self, x):
+        x = self.norm(self.second(self.first(x).tanh()))
+        return self.linear(nn.functional.adaptive_avg_pool2d(self.frozen(x).sigmoid(), 4).flatten(1))
+
+
+def _network(name):
+    if name == "unusual":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Unusual()
+    return gipip.build_model(name).network
+
+
+def _second_derivative(gradient, images, labels, directions):
+    """The gradients, and the derivative of their product with the directions by images and soft labels."""
+    variables = [tensor.clone().requires_grad_() for tensor in (images, labels) if tensor.is_floating_point()]
+    images, labels = variables if len(variables) == 2 else (variables[0], labels)
+    gradients = gradient(images, labels)
+    product = sum((a * b).sum() for a, b in zip(gradients, directions, strict=True))
+    return [g.detach() for g in gradients], torch.autograd.grad(product, variables)
+
+
+def _both(network, engine, *, fedavg=None, soft=False, dtype=torch.float64, batch_size=3):
+    network = network.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch_size, 3, 32, 32, generator=generator).to(dtype)
+    labels = torch.rand(batch_size, 10, generator=generator).to(dtype).softmax(dim=1) if soft else torch.arange(batch_size)
+    parameters = trainable(network)
+    directions = [torch.randn(p.shape, generator=generator).to(dtype) for p in parameters.values()]
+    return [
+        _second_derivative(client_gradient(network, parameters, fedavg, which), images, labels, directions) for which in ("eager", engine)
+    ]
+
+
+@pytest.mark.parametrize("fedavg", [None, gipip.FedAvg(steps=3, batch_size=2, learning_rate=0.1)], ids=["FedSGD", "FedAvg"])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", ["convnet", "convnet16", "lenet", "unusual", "resnet18"])
+def test_the_traced_gradient_and_its_derivative_are_the_eager_ones_in_float64(name, mode, fedavg):
+    if name == "resnet18" and fedavg:
+        fedavg = gipip.FedAvg(steps=2, batch_size=2)
+    expected, found = _both(_network(name).train(mode == "train"), "traced", fedavg=fedavg)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["convnet", "lenet", "resnet18"])
+def test_the_traced_derivative_is_the_eager_one_within_float32_rounding(name):
+    (_, expected), (_, found) = _both(_network(name), "traced", dtype=torch.float32)
+    assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
+
+
+def test_labels_can_be_optimised_through_the_traced_gradient():
+    expected, found = _both(_network("lenet"), "traced", soft=True)
+    assert len(found[1]) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["lenet", "convnet16"])
+def test_the_compiled_gradient_and_its_derivative_are_the_eager_ones(name):
+    expected, found = _both(_network(name), "compiled", batch_size=2)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def _attacks():
+    torch.manual_seed(0)
+    generator = GenerativePrior(Generator(width=8, latent_size=8))
+    prior = gipip.load_prior()
+    return {
+        "DLG": gipip.DLG(iterations=2, inner_iterations=3),
+        "InvertingGradients": gipip.InvertingGradients(iterations=3, signed=False),
+        "masked": gipip.InvertingGradients(iterations=3, masked=True, signed=False),
+        "GIPIP": gipip.GIPIP(prior=prior, iterations=3, signed=False),
+        "GIPIP per batch": gipip.GIPIP(prior=prior, iterations=3, score_per="batch", signed=False),
+        "LatentSearch": gipip.LatentSearch(prior=generator, iterations=3),
+        "GIAS": gipip.GIAS(prior=generator, latent_iterations=2, iterations=2),
+        "GradInversion": gipip.GradInversion(iterations=3, signed=False),
+    }
+
+
+@pytest.mark.parametrize("name", _attacks())
+def test_every_attack_takes_the_same_course_traced_as_eagerly(name):
+    model = gipip.build_model("convnet16").double()
+    batch = gipip.load_dataset("cifar10").tuning(batch_size=2)
+    update = gipip.Client(model).share(batch, statistics="shared")
+    eager, traced = (_attacks()[name](model, update, engine=engine) for engine in ("eager", "traced"))
+    assert (eager.engine, traced.engine) == ("eager", "traced")
+    torch.testing.assert_close(traced.history, eager.history, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(traced.images, eager.images, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 8])
+def test_a_gradient_in_chunks_is_the_whole_one(chunk_size):
+    model = gipip.build_model("convnet16").double()
+    images, labels = torch.randn(5, 3, 32, 32), torch.arange(5)
+    update = gipip.Client(model).share(gipip.LabeledImages(images.sigmoid(), labels))
+    whole = client_gradient(model.network, trainable(model.network), None, "traced")
+    directions = [torch.randn_like(gradient) for gradient in update.gradients]
+    images = images.double()
+    expected = _second_derivative(whole, images, labels, directions)
+    found = _second_derivative(in_chunks(whole, chunk_size), images, labels, directions)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [({"mode": "train"}, {}), ({"fedavg": gipip.FedAvg(steps=2)}, {}), ({}, {"engine": "eager"}), ({}, {"chunk_size": -1})],
+)
+def test_chunks_are_refused_where_they_would_not_be_exact(changes, options):
+    model = gipip.build_model("lenet")
+    update = gipip.Client(model).share(gipip.load_dataset("cifar10").tuning(batch_size=2), **changes)
+    with pytest.raises(EngineError, match="cannot be taken in chunks"):
+        gipip.InvertingGradients(iterations=1)(model, update, **{"chunk_size": 1} | options)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "replayable", "engine"), [(True, True, "cudagraph"), (True, False, "traced"), (False, True, "traced")]
+)
+def test_the_fastest_engine_is_chosen(cuda, replayable, engine):
+    assert choose_engine("auto", cuda=cuda, replayable=replayable) == engine
+
+
+def test_without_a_compiler_compiling_is_refused(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(EngineError, match="C\\+\\+ compiler"):
+        choose_engine("compiled", cuda=False, replayable=True)
+
+
+@pytest.mark.parametrize(("engine", "message"), [("fast", "Unknown engine 'fast'"), ("cudagraph", "NVIDIA GPU")])
+def test_an_engine_that_cannot_run_is_refused_before_the_first_iteration(engine, message):
+    model = gipip.build_model("lenet")
+    update = gipip.Client(model).share(gipip.load_dataset("cifar10").tuning(batch_size=1))
+    with pytest.raises(EngineError, match=message):
+        gipip.InvertingGradients(iterations=1)(model, update, engine=engine)
+
+
+def test_an_attack_that_cannot_be_captured_says_so():
+    with pytest.raises(EngineError, match="cannot be captured"):
+        choose_engine("cudagraph", cuda=True, replayable=False)
