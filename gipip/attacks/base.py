@@ -5,10 +5,11 @@ optimiser, which `terms` make up the cost, and what holds after each step (`proj
 """
 
 import copy
+import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -16,12 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
+from torch.func import vmap
 
 from gipip.attacks.engines import ClientGradient, Engine, choose_engine, client_gradient, in_chunks
 from gipip.attacks.labels import infer_labels
 from gipip.attacks.objectives import norm
 from gipip.attacks.replay import Replay
-from gipip.errors import BatchSizeError, EngineError, LabelError
+from gipip.errors import BatchSizeError, EngineError, LabelError, UpdateError
 from gipip.federation import SharedUpdate
 from gipip.models import ClientModel, trainable
 from gipip.progress import progress
@@ -106,25 +108,63 @@ class View:
 
 @dataclass(eq=False)
 class _Attempt:
-    """One restart: its best iterate by attacker-visible cost, its last one, and the course of the cost."""
+    """One restart on one update: its best iterate by attacker-visible cost, its last one, and the course of the terms of the cost."""
 
+    view: View
     variables: dict[str, Tensor]
     best: dict[str, Tensor]
-    best_cost: Tensor
-    history: list[dict[str, Tensor]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    stopped: bool = False
+    best_cost: float
+    history: dict[str, Float[Tensor, "evaluations"]]
+    notes: list[str]
+    stopped: bool
+
+
+@dataclass(eq=False)
+class _Lanes:
+    """Attempts under way side by side: every tensor has a first dimension for them, and `views` one entry each."""
+
+    views: list[View]
+    variables: dict[str, Tensor]
+    best: dict[str, Tensor]
+    best_costs: Float[Tensor, "lanes"]
+    history: list[dict[str, Float[Tensor, "lanes"]]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, views: list[View], variables: list[dict[str, Tensor]]) -> "_Lanes":
+        stacked = {name: torch.stack([lane[name].detach() for lane in variables]).requires_grad_() for name in variables[0]}
+        infinite = torch.full((len(views),), float("inf")).to(views[0].like)
+        return cls(views, stacked, {name: variable.detach().clone() for name, variable in stacked.items()}, infinite)
+
+    def lane(self, index: int) -> dict[str, Tensor]:
+        """The variables of one attempt, as views of all."""
+        if len(self.views) == 1:
+            return {name: variable.squeeze(0) for name, variable in self.variables.items()}  # indexing costs more in the backward pass
+        return {name: variable[index] for name, variable in self.variables.items()}
 
     @torch.no_grad()
-    def keep_if_best(self, cost: Tensor) -> None:
-        """Keep the current iterate if its cost is the lowest so far (never if it is not finite)."""
-        better = cost < self.best_cost
-        self.best_cost.copy_(torch.where(better, cost, self.best_cost))
+    def keep_if_best(self, costs: Float[Tensor, "lanes"]) -> None:
+        """Keep the current iterates whose cost is the lowest so far (never one that is not finite)."""
+        better = costs < self.best_costs
+        self.best_costs.copy_(torch.where(better, costs, self.best_costs))
         for name, variable in self.variables.items():
-            self.best[name].copy_(torch.where(better, variable, self.best[name]))
+            mask = better.view(-1, *[1] * (variable.ndim - 1))
+            self.best[name].copy_(torch.where(mask, variable, self.best[name]))
 
-    def costs(self) -> Tensor:
-        return torch.stack([sum(terms.values()) for terms in self.history])
+    def attempts(self, note: str = "") -> list[_Attempt]:
+        """What became of each; with the `note` that the user stopped them."""
+        history = {name: torch.stack([terms[name] for terms in self.history]) for name in self.history[0]}
+        return [
+            _Attempt(
+                view,
+                {name: variable.detach()[index] for name, variable in self.variables.items()},
+                {name: variable[index] for name, variable in self.best.items()},
+                self.best_costs[index].item(),
+                {name: terms[:, index] for name, terms in history.items()},
+                [note] if note else [],
+                bool(note),
+            )
+            for index, view in enumerate(self.views)
+        ]
 
 
 class Attack(BaseModel):
@@ -137,6 +177,7 @@ class Attack(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     replayable: ClassVar[bool] = True  # every step does the same work, so that a GPU can replay a captured one
+    stackable: ClassVar[bool] = True  # several attempts can be optimised in one tensor, with `terms` mapped over them
 
     iterations: PositiveInt = 300
     restarts: PositiveInt = 1
@@ -197,130 +238,207 @@ class Attack(BaseModel):
         *,
         engine: str = "auto",
         chunk_size: int | None = None,
+        together: int | None = None,
         watch: Callable[[int, Tensor, float], None] | None = None,
         watch_every: int = 25,
     ) -> Reconstruction:
         """Reconstruct the images behind `update`, which a client with `model` shared.
 
         `engine`: how the gradient is computed (see `gipip.attacks.engines`), by default the fastest that pays; they differ by rounding
-        only. `chunk_size`: take the candidates' gradient from so many images at a time, for less memory.
+        only. `chunk_size`: take the candidates' gradient from so many images at a time, for less memory. `together`: see `many`.
         `watch(iteration, images, cost)` is called every `watch_every` iterations with the candidate in [0, 1]; it may raise StopIteration
         to end the attack there. Ctrl-C ends it too; either way what there is comes back. Raises ModelError, UpdateError, LabelError,
         BatchSizeError or EngineError before the first iteration.
         """
+        options = {"engine": engine, "chunk_size": chunk_size, "together": together, "watch": watch, "watch_every": watch_every}
+        return self.many(model, [update], **options)[0]
+
+    def many(
+        self,
+        model: ClientModel,
+        updates: Sequence[SharedUpdate],
+        *,
+        together: int | None = None,
+        engine: str = "auto",
+        chunk_size: int | None = None,
+        **options,
+    ) -> list[Reconstruction]:
+        """A reconstruction for each of several updates that clients with the same model shared; options as for one.
+
+        `together`: how many attempts (updates and restarts) to compute at once; by default 8 for a network so small that this pays on a
+        CPU, else 1. It needs BatchNorm in eval mode and an engine other than "eager". `seconds` is the time of all. What the user stops
+        ends all of them; those not begun are left out.
+        """
+        if not updates:
+            return []
         started = time.perf_counter()
-        view = self._view(model, update, engine, chunk_size)
+        views = self._views(model, updates, engine, chunk_size)
+        if together and together > 1 and (views[0].engine == "eager" or views[0].update.mode == "train" or chunk_size):
+            raise EngineError(
+                f"{together} attempts at once need an engine other than 'eager' (here: {views[0].engine!r}), BatchNorm in eval mode (here: "
+                f"{views[0].update.mode}) and no chunk_size. Leave out `together`."
+            )
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # gradients are matched to float32's precision
-            attempts, results = self._search(view, watch, watch_every)
+            attempts = self._search(views, together or _together(views[0], chunk_size), **options)
+        of_each = [[attempt for attempt in attempts if attempt.view is view] for view in views]
+        return [self._reconstruction(own, time.perf_counter() - started) for own in of_each if own]
+
+    def _reconstruction(self, attempts: list[_Attempt], seconds: float) -> Reconstruction:
+        """The best attempt's."""
+        results = [self._choose(attempt) for attempt in attempts]
         attempt, (variables, cost, returned) = min(zip(attempts, results, strict=True), key=lambda pair: pair[1][1])
+        view = attempt.view
         with torch.no_grad():
             images = view.images(self.candidate(view, variables)).float().cpu()
         return Reconstruction(
             images=images,
             labels=self.labels(view, variables).cpu(),
-            history={name: torch.stack([terms[name] for terms in attempt.history]).cpu() for name in attempt.history[0]},
+            history={name: terms.cpu() for name, terms in attempt.history.items()},
             cost=cost,
             restart_costs=tuple(result[1] for result in results),
             returned=returned,
-            assumptions=self.assumptions(update),
-            seconds=time.perf_counter() - started,
+            assumptions=self.assumptions(view.update),
+            seconds=seconds,
             engine=view.engine,
             interrupted=attempts[-1].stopped,
             notes=tuple(note for attempt in attempts for note in attempt.notes),
         )
 
     def _view(self, model: ClientModel, update: SharedUpdate, engine: str = "auto", chunk_size: int | None = None) -> View:
-        update.check(model)
-        model = copy.deepcopy(model).train(update.mode == "train")  # a copy: train mode would move the running statistics
-        shape = (update.batch_size, *update.image_shape)
-        with torch.no_grad():
-            classes = model(torch.zeros(shape).to(update.gradients[0])).shape[1]
-        if update.labels is not None:
-            _check_labels(update.labels, update.batch_size, classes)
-        labels = self.known_labels(model, update)
-        cuda = next(model.parameters()).is_cuda
-        engine = choose_engine(engine, cuda=cuda, replayable=self.replayable)
-        gradients = client_gradient(model.network, trainable(model.network), update.fedavg, engine)
-        if chunk_size is not None:
-            _check_chunks(chunk_size, update, engine)
-            gradients = in_chunks(gradients, chunk_size)
-        return View(model.network, gradients, engine, model.normalize, update, shape, classes, labels, torch.Generator())
+        return self._views(model, [update], engine, chunk_size)[0]
 
-    def _search(self, view: View, watch=None, watch_every: int = 25) -> tuple[list[_Attempt], list[tuple[dict[str, Tensor], float, str]]]:
-        """Every restart, and what `_choose` returns for each."""
+    def _views(self, model: ClientModel, updates: Sequence[SharedUpdate], engine: str, chunk_size: int | None) -> list[View]:
+        """A view of each update; they share the network and all that is computed with it."""
+        for update in updates:
+            update.check(model)
+        first = updates[0]
+        kinds = {(update.batch_size, update.image_shape, update.mode, update.fedavg) for update in updates}
+        if len(kinds) > 1:
+            raise UpdateError(f"Updates attacked together must be of one batch size, image size, mode and local training, not {kinds}.")
+        model = copy.deepcopy(model).train(first.mode == "train")  # a copy: train mode would move the running statistics
+        shape = (first.batch_size, *first.image_shape)
+        with torch.no_grad():
+            classes = model(torch.zeros(shape).to(first.gradients[0])).shape[1]
+        engine = choose_engine(engine, cuda=next(model.parameters()).is_cuda, replayable=self.replayable)
+        gradients = client_gradient(model.network, trainable(model.network), first.fedavg, engine)
+        if chunk_size is not None:
+            _check_chunks(chunk_size, first, engine)
+            gradients = in_chunks(gradients, chunk_size)
+        views = []
+        for update in updates:
+            if update.labels is not None:
+                _check_labels(update.labels, update.batch_size, classes)
+            labels = self.known_labels(model, update)
+            views.append(View(model.network, gradients, engine, model.normalize, update, shape, classes, labels, torch.Generator()))
+        return views
+
+    def _search(self, views: list[View], together: int, watch=None, watch_every: int = 25) -> list[_Attempt]:
+        """Every restart on every update, so many at once."""
+        lanes = [(view, restart) for view in views for restart in range(self.restarts)]
+        size = together if self.stackable else 1
         attempts = []
-        for restart in range(self.restarts):
-            view.generator.manual_seed(self.seed + restart)
-            attempts.append(self._attempt(view, watch, watch_every, f"{type(self).__name__} {restart + 1}/{self.restarts}"))
+        for first in range(0, len(lanes), size):
+            some = lanes[first : first + size]
+            upto = f"–{first + len(some)}" if len(some) > 1 else ""
+            attempts += self._attempt(some, watch, watch_every, f"{type(self).__name__} {first + 1}{upto}/{len(lanes)}")
             if attempts[-1].stopped:
                 break
-        return attempts, [self._choose(attempt) for attempt in attempts]
+        return attempts
 
-    def _attempt(self, view: View, watch, watch_every: int, description: str) -> _Attempt:
-        variables = {name: variable.requires_grad_() for name, variable in self.variables(view).items()}
-        optimizer, schedule = self.optimizer(variables)
-        infinite = torch.full((), float("inf")).to(view.like)
-        attempt = _Attempt(variables, {name: variable.detach().clone() for name, variable in variables.items()}, infinite)
-        step = functools.partial(self._step, view, attempt, optimizer)
-        if view.engine == "cudagraph":
+    def _attempt(self, lanes: Sequence[tuple[View, int]], watch, watch_every: int, description: str) -> list[_Attempt]:
+        """The whole optimisation from the start of each lane: a view and the number of a restart."""
+        views, starts = [view for view, _ in lanes], []
+        for view, restart in lanes:
+            view.generator.manual_seed(self.seed + restart)
+            starts.append(self.variables(view))
+        state = _Lanes.start(views, starts)
+        optimizer, schedule = self.optimizer(state.variables)
+        if len(lanes) > 1:
+            views[0].gradients.record(torch.zeros(views[0].shape).to(views[0].like), views[0].labels)  # it cannot be while mapped
+        step = functools.partial(self._step, state, optimizer)
+        if views[0].engine == "cudagraph":
             step = Replay(step)
+        note = ""
         try:
             for iteration in progress(range(self.iterations), description=description):
-                attempt.history.append(step())
+                state.history.append(step())
                 if schedule:
                     schedule.step()
-                if iteration % _CHECK_EVERY == 0 and not _finite(attempt):
+                if iteration % _CHECK_EVERY == 0 and not torch.isfinite(_costs(state.history[-1])).any():
                     break
                 if watch and (iteration + 1) % watch_every == 0:
-                    images = view.images(self.candidate(view, variables).detach())
-                    watch(iteration + 1, images.float().cpu(), float(sum(attempt.history[-1].values())))
+                    costs = _costs(state.history[-1])
+                    best = int(costs.argmin())
+                    images = views[best].images(self.candidate(views[best], state.lane(best)).detach())
+                    watch(iteration + 1, images.float().cpu(), costs[best].item())
         except (KeyboardInterrupt, StopIteration):
-            attempt.stopped = True
-            attempt.notes.append(f"stopped by the user after {len(attempt.history)} of {self.iterations} iterations")
-        attempt.history.append(self._evaluate(view, attempt))
-        return attempt
+            note = f"stopped by the user after {len(state.history)} of {self.iterations} iterations"
+        state.history.append(self._evaluate(state))
+        return state.attempts(note)
 
-    def _evaluate(self, view: View, attempt: _Attempt) -> dict[str, Tensor]:
-        """The terms of the current iterate's cost; their gradient goes to the variables, and the iterate is kept if it is the best."""
-        terms = self.terms(view, attempt.variables)
-        cost = sum(terms.values())
-        variables = list(attempt.variables.values())
-        for variable, gradient in zip(variables, torch.autograd.grad(cost, variables), strict=True):
-            variable.grad = self.direction(gradient)
-        attempt.keep_if_best(cost)
+    def _terms(self, state: _Lanes) -> dict[str, Float[Tensor, "lanes"]]:
+        """`terms` of every lane."""
+        first = state.views[0]
+        if len(state.views) == 1:
+            return {name: term[None] for name, term in self.terms(first, state.lane(0)).items()}
+        if all(view is first for view in state.views):
+            return vmap(functools.partial(self.terms, first))(state.variables)
+        targets = tuple(torch.stack(gradients) for gradients in zip(*(view.target for view in state.views), strict=True))
+
+        def terms(variables: dict[str, Tensor], target: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
+            update = dataclasses.replace(first.update, gradients=target)
+            return self.terms(dataclasses.replace(first, update=update, labels=labels), variables)
+
+        return vmap(terms)(state.variables, targets, torch.stack([view.labels for view in state.views]))
+
+    def _evaluate(self, state: _Lanes) -> dict[str, Float[Tensor, "lanes"]]:
+        """The terms of the current iterates' costs; their gradients go to the variables, and the best iterates are kept."""
+        terms = self._terms(state)
+        costs = _costs(terms)
+        variables = list(state.variables.values())
+        for variable, gradients in zip(variables, torch.autograd.grad(costs.sum(), variables), strict=True):
+            variable.grad = torch.stack([self.direction(gradient) for gradient in gradients])
+        state.keep_if_best(costs)
         return {name: term.detach() for name, term in terms.items()}
 
-    def _step(self, view: View, attempt: _Attempt, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def _step(self, state: _Lanes, optimizer: torch.optim.Optimizer) -> dict[str, Float[Tensor, "lanes"]]:
         """One step of the optimiser, and the terms before it."""
         evaluations = []
 
         def closure() -> Tensor:  # L-BFGS calls it several times a step
-            evaluations.append(self._evaluate(view, attempt))
-            return sum(evaluations[-1].values())
+            evaluations.append(self._evaluate(state))
+            return _costs(evaluations[-1]).sum()
 
         optimizer.step(closure)
         with torch.no_grad():
-            self.project(view, attempt.variables)
+            for index, view in enumerate(state.views):
+                self.project(view, state.lane(index))
         return evaluations[0]
 
     def _choose(self, attempt: _Attempt) -> tuple[dict[str, Tensor], float, str]:
         """The iterate to return, its attacker-visible cost, and which one it is."""
-        costs = attempt.costs()
-        last, best = costs[-1].item(), attempt.best_cost.item()
+        costs = _costs(attempt.history)
         if not torch.isfinite(costs).all():
             first = int((~torch.isfinite(costs)).nonzero()[0])
             returned = "the iterate of lowest cost before" if first else "the random start"
             note = f"the cost was not finite at iteration {first} of {self.iterations}; {returned} is returned"
             attempt.notes.append(note)
-            warnings.warn(f"{type(self).__name__}: {note}. A smaller learning rate or another seed may help.", stacklevel=3)
-            return attempt.best, best, "lowest attacker-visible cost"
+            warnings.warn(f"{type(self).__name__}: {note}. A smaller learning rate or another seed may help.", stacklevel=5)
+            return attempt.best, attempt.best_cost, "lowest attacker-visible cost"
         if self.returns == "lowest_cost":
-            return attempt.best, best, "lowest attacker-visible cost"
-        return {name: variable.detach() for name, variable in attempt.variables.items()}, last, "last iterate"
+            return attempt.best, attempt.best_cost, "lowest attacker-visible cost"
+        return attempt.variables, costs[-1].item(), "last iterate"
 
 
-def _finite(attempt: _Attempt) -> bool:
-    return bool(torch.isfinite(sum(attempt.history[-1].values())))
+def _together(view: View, chunk_size: int | None) -> int:
+    """How many attempts at once are fastest, as benchmarks/together.py measured it on a CPU."""
+    small = sum(gradient.numel() for gradient in view.target) < 50_000  # the LeNet; not the ConvNets
+    possible = view.engine != "eager" and view.update.mode == "eval" and chunk_size is None
+    return 8 if small and possible else 1
+
+
+def _costs(terms: Mapping[str, Tensor]) -> Tensor:
+    return sum(terms.values())
 
 
 def _check_labels(labels: Int[Tensor, "batch"], batch_size: int, classes: int) -> None:

@@ -19,6 +19,7 @@ class DLG(Attack):
     """
 
     replayable = False  # L-BFGS decides on the values it sees
+    stackable = False
 
     learning_rate: PositiveFloat = 1.0
     inner_iterations: PositiveInt = 20

@@ -108,11 +108,16 @@ def _convolution_backward(output_gradient, inputs, weight, bias_sizes, *options)
 class _InputGradient(torch.autograd.Function):
     """∂⟨output_gradient, conv(inputs, weight)⟩ / ∂inputs: linear in the output gradient and in the weight."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, output_gradient, inputs, weight, options):
-        ctx.save_for_backward(output_gradient, weight)
-        ctx.options = options
+    def forward(output_gradient, inputs, weight, options):
         return _aten.convolution_backward(output_gradient, inputs, weight, None, *options, [True, False, False])[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        output_gradient, _, weight, ctx.options = inputs
+        ctx.save_for_backward(output_gradient, weight)
 
     @staticmethod
     def backward(ctx, direction):
@@ -127,11 +132,16 @@ class _InputGradient(torch.autograd.Function):
 class _WeightGradient(torch.autograd.Function):
     """∂⟨output_gradient, conv(inputs, weight)⟩ / ∂weight: linear in the output gradient and in the inputs."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, output_gradient, inputs, weight, options):
-        ctx.save_for_backward(output_gradient, inputs)
-        ctx.options = options
+    def forward(output_gradient, inputs, weight, options):
         return _aten.convolution_backward(output_gradient, inputs, weight, None, *options, [False, True, False])[1]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        output_gradient, images, _, ctx.options = inputs
+        ctx.save_for_backward(output_gradient, images)
 
     @staticmethod
     def backward(ctx, direction):

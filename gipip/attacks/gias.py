@@ -58,24 +58,27 @@ class GIAS(LatentSearch):
     where the `iterations` of the parameter search start. `learning_rate`: of the parameter search.
     """
 
+    stackable = False  # each restart has a start of its own
+
     latent_iterations: PositiveInt = 150
     latent_restarts: PositiveInt = 2
     latent_learning_rate: PositiveFloat = 0.1
     learning_rate: PositiveFloat = 1e-3
 
-    def _attempt(self, view: View, watch, watch_every: int, description: str):
+    def _attempt(self, lanes, watch, watch_every: int, description: str):
         """Both stages; only the first one's attempt if the user stopped it there."""
-        attempts, results = self._latent_search(view)._search(view, watch, watch_every)
-        attempt, (found, *_) = min(zip(attempts, results, strict=True), key=lambda pair: pair[1][1])
+        [(view, restart)] = lanes
+        search = self._latent_search(restart)
+        attempts = search._search([view], 1, watch, watch_every)
+        best = min(attempts, key=lambda attempt: search._choose(attempt)[1])
         if attempts[-1].stopped:
-            return dataclasses.replace(attempt, stopped=True, notes=attempts[-1].notes)
-        view.start = found
-        return super()._attempt(view, watch, watch_every, description)
+            return [dataclasses.replace(best, stopped=True, notes=attempts[-1].notes)]
+        view.start = search._choose(best)[0]
+        return super()._attempt(lanes, watch, watch_every, description)
 
-    def _latent_search(self, view: View) -> LatentSearch:
+    def _latent_search(self, restart: int) -> LatentSearch:
         """The first stage; each of this attack's restarts has seeds of its own."""
         shared = {name: value for name, value in self if name in ("prior", "tv_weight", "schedule", "masked", "returns")}
-        restart = view.generator.initial_seed() - self.seed
         return LatentSearch(
             **shared,
             seed=self.seed + restart * self.latent_restarts,

@@ -22,6 +22,8 @@ class GradInversion(InvertingGradients):
     consensus is the pixel-wise mean, without the paper's registration. The gradient is matched by its direction, as in Inverting Gradients.
     """
 
+    stackable = False  # it looks into the network's layers
+
     seeds: PositiveInt = 2
     statistics_weight: NonNegativeFloat = 0.1
     group_weight: NonNegativeFloat = 0.01

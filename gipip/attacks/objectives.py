@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def cosine_distance(gradients: Sequence[Tensor], target: Sequence[Tensor], target_norm: Tensor | None = None) -> Float[Tensor, ""]:
@@ -15,7 +14,7 @@ def cosine_distance(gradients: Sequence[Tensor], target: Sequence[Tensor], targe
     """
     if target_norm is None:
         target_norm = norm(target)
-    return _CosineDistance.apply(target_norm, len(gradients), *gradients, *target)
+    return _CosineDistance.apply(target_norm, len(gradients), *gradients, *target)[0]
 
 
 def norm(gradients: Sequence[Tensor]) -> Float[Tensor, ""]:
@@ -26,22 +25,27 @@ def norm(gradients: Sequence[Tensor]) -> Float[Tensor, ""]:
 class _CosineDistance(torch.autograd.Function):
     """With its derivative (cos·g/‖g‖ − g*/‖g*‖) / ‖g‖ written out: autograd's would pass over millions of numbers three times as often."""
 
-    @staticmethod
-    def forward(ctx, target_norm, count, *tensors):
-        pairs = [(_dot(a, b), _dot(a, a)) for a, b in zip(tensors[:count], tensors[count:], strict=True)]
-        product, square = map(sum, zip(*pairs, strict=True))
-        norm = square.sqrt()
-        ctx.save_for_backward(norm, target_norm, product / (norm * target_norm), *tensors)
-        return 1 - product / (norm * target_norm)
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, weight):
-        norm, target_norm, cosine, *tensors = ctx.saved_tensors
-        gradients, target = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]  # equally many, as forward has made sure
-        along, towards = weight * cosine / norm.square(), -weight / (norm * target_norm)
-        derivatives = ((a * along).addcmul_(b, towards) for a, b in zip(gradients, target, strict=True))
-        return None, None, *derivatives, *[None] * len(target)
+    def forward(target_norm, count, *tensors):
+        pairs = [(_dot(a, b), _dot(a, a)) for a, b in zip(tensors[:count], tensors[count:], strict=True)]
+        product, square = map(sum, zip(*pairs, strict=True))
+        cosine = product / (square.sqrt() * target_norm)
+        return 1 - cosine, cosine, square.sqrt()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        target_norm, ctx.count, *tensors = inputs
+        ctx.save_for_backward(target_norm, *output[1:], *tensors)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, weight, *_):
+        target_norm, cosine, own_norm, *tensors = ctx.saved_tensors
+        along, towards = weight * cosine / own_norm.square(), -weight / (own_norm * target_norm)
+        pairs = zip(tensors[: ctx.count], tensors[ctx.count :], strict=True)
+        return None, None, *(torch.addcmul(a * along, b, towards) for a, b in pairs), *[None] * ctx.count
 
 
 def _dot(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
