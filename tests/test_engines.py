@@ -5,10 +5,12 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gipip
 from gipip.attacks.engines import choose_engine, client_gradient, in_chunks
 from gipip.errors import EngineError
+from gipip.federation import local_update
 from gipip.models import trainable
 from gipip.priors import GenerativePrior, Generator
 
@@ -164,3 +166,24 @@ def test_an_engine_that_cannot_run_is_refused_before_the_first_iteration(engine,
 def test_an_attack_that_cannot_be_captured_says_so():
     with pytest.raises(EngineError, match="cannot be captured"):
         choose_engine("cudagraph", cuda=True, replayable=False)
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_the_traced_derivative_takes_no_more_arithmetic_than_needed(name):
+    network = _network(name)
+    labels, images = torch.arange(1), torch.randn(1, 3, 32, 32)
+    gradient = client_gradient(network, trainable(network), None, "traced")
+
+    def derivative():
+        variable = images.clone().requires_grad_() * 1  # the counter cannot take a leaf
+        torch.autograd.grad(sum(g.square().sum() for g in gradient(variable, labels)), variable)
+
+    derivative()
+    one_pass = _multiplications(lambda: local_update(network, trainable(network), images, labels))
+    assert _multiplications(derivative) == pytest.approx(7 / 3 * one_pass, rel=0.01)
+
+
+def _multiplications(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()

@@ -46,7 +46,7 @@ def client_gradient(network: nn.Module, parameters: Mapping[str, Tensor], fedavg
         return lambda inputs, labels: local_update(network, parameters, inputs, labels, fedavg, create_graph=True)
 
     def update(inputs: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        own = dict(zip(parameters, (weight.requires_grad_() for weight in weights), strict=True))
+        own = dict(zip(parameters, (weight.detach().requires_grad_() for weight in weights), strict=True))
         return local_update(network, own, inputs, labels, fedavg, create_graph=True)
 
     return _WrittenOut(update, tuple(parameter.detach() for parameter in parameters.values()), engine == "compiled")
