@@ -6,6 +6,7 @@ is what the arithmetic needs. That function can be compiled ("compiled"), or the
 ("cudagraph", see `gipip.attacks.replay`). All give the same numbers within rounding.
 """
 
+import inspect
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
@@ -168,3 +169,6 @@ _REPLACED = {
     _aten.convolution_backward.default: _convolution_backward,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
 }
+
+for _function in (_InputGradient, _WeightGradient):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # PyTorch asks for it at every call: a tenth of a millisecond
