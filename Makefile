@@ -20,7 +20,7 @@ reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figur
 	$(BIN)/gipip reproduce --profile cpu
 
 test: $(READY) ## unit and property tests, then every committed notebook through nbval
-	$(BIN)/ruff check gipip tests
+	$(BIN)/ruff check gipip tests benchmarks
 	$(BIN)/python -m pytest tests
 	GIPIP_HEADLESS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
 

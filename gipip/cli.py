@@ -100,6 +100,8 @@ def attack(
     noise: Annotated[float, typer.Option(min=0, help="Standard deviation of the noise that the client adds to its gradient.")] = 0,
     sparsity: Annotated[float, typer.Option(min=0, max=0.999, help="Share of its gradient's entries that the client sets to 0.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random start.")] = 0,
+    engine: Annotated[str, typer.Option(help="How the gradient is computed: auto, eager, traced, compiled, cudagraph.")] = "auto",
+    chunk_size: Annotated[int | None, typer.Option(min=1, help="Images at a time, for less memory.", show_default="all")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the comparison picture.")] = Path("results/attack"),
 ):
     """Reconstruct your own pictures from the gradient that a client with them would share.
@@ -117,9 +119,10 @@ def attack(
     inverter = _tuned_or_default(_ATTACKS[attack], condition, settings)
     statistics = "shared" if attack is AttackName.gradinversion else "withheld"
     update = gipip.Client(client).share(batch, labels=labels.value, statistics=statistics, defenses=defenses)
-    result = inverter(client, update)
+    result = inverter(client, update, engine=engine, chunk_size=chunk_size)
     metrics = gipip.evaluate(result, batch, model=client).assign(image=[path.name for path in images])
     typer.echo("\nAssumptions: " + "; ".join(f"{name}: {value}" for name, value in result.assumptions.items()))
+    typer.echo(f"Engine: {result.engine}, {result.seconds:.0f} s")
     for note in result.notes:
         typer.echo(f"Note: {note}")
     typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))

@@ -220,6 +220,7 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
         "restart_costs": [cost if cost < float("inf") else None for cost in reconstruction.restart_costs],
         "notes": reconstruction.notes,
         "seconds": reconstruction.seconds,
+        "engine": reconstruction.engine,
         "made": provenance(),
     }
     metrics, details = json.loads(canonical_json([metrics, details]))  # these and the history as they come back from the store

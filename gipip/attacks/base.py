@@ -135,6 +135,16 @@ class _Lanes:
         infinite = torch.full((len(views),), float("inf")).to(views[0].like)
         return cls(views, stacked, {name: variable.detach().clone() for name, variable in stacked.items()}, infinite)
 
+    @functools.cached_property
+    def targets(self) -> tuple[Tensor, ...]:
+        """The shared gradients of all, stacked."""
+        return tuple(torch.stack(gradients) for gradients in zip(*(view.target for view in self.views), strict=True))
+
+    @functools.cached_property
+    def labels(self) -> Int[Tensor, "lanes batch"]:
+        """The labels of all, stacked."""
+        return torch.stack([view.labels for view in self.views])
+
     def lane(self, index: int) -> dict[str, Tensor]:
         """The variables of one attempt, as views of all."""
         if len(self.views) == 1:
@@ -383,13 +393,12 @@ class Attack(BaseModel):
             return {name: term[None] for name, term in self.terms(first, state.lane(0)).items()}
         if all(view is first for view in state.views):
             return vmap(functools.partial(self.terms, first))(state.variables)
-        targets = tuple(torch.stack(gradients) for gradients in zip(*(view.target for view in state.views), strict=True))
 
         def terms(variables: dict[str, Tensor], target: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
             update = dataclasses.replace(first.update, gradients=target)
             return self.terms(dataclasses.replace(first, update=update, labels=labels), variables)
 
-        return vmap(terms)(state.variables, targets, torch.stack([view.labels for view in state.views]))
+        return vmap(terms)(state.variables, state.targets, state.labels)
 
     def _evaluate(self, state: _Lanes) -> dict[str, Float[Tensor, "lanes"]]:
         """The terms of the current iterates' costs; their gradients go to the variables, and the best iterates are kept."""
