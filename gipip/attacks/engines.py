@@ -76,7 +76,7 @@ class _WrittenOut:
 
 
 def in_chunks(gradient: _WrittenOut, chunk_size: int) -> ClientGradient:
-    """The same gradient of a mean loss from at most `chunk_size` images at a time: less memory for half as much computation again.
+    """The same gradient of a mean loss from at most `chunk_size` images at a time: less memory for up to half as much computation again.
 
     Exact, because the gradient of a mean is the mean of the gradients, as long as images do not meet in the network (BatchNorm in eval
     mode). Each chunk is computed a second time when its derivative is wanted.
