@@ -185,7 +185,7 @@ def test_the_last_iterate_or_the_one_of_lowest_cost_is_returned_as_asked(tiny):
 
 def test_the_restart_of_lowest_cost_is_returned(tiny):
     single = [InvertingGradients(iterations=10, seed=seed)(*tiny[:2]) for seed in (5, 6, 7)]
-    together = InvertingGradients(iterations=10, seed=5, restarts=3)(*tiny[:2])
+    together = InvertingGradients(iterations=10, seed=5, restarts=3)(*tiny[:2], together=1)
     assert together.restart_costs == tuple(result.cost for result in single)
     best = min(single, key=lambda result: result.cost)
     assert together.cost == best.cost and torch.equal(together.images, best.images)
@@ -266,7 +266,7 @@ def test_stopping_gives_back_what_there_is_and_starts_no_further_restart(tiny, s
         if iteration == 8:
             raise stop
 
-    result = InvertingGradients(iterations=100, restarts=3)(*tiny[:2], watch=watch, watch_every=4)
+    result = InvertingGradients(iterations=100, restarts=3)(*tiny[:2], together=1, watch=watch, watch_every=4)
     assert torch.equal(result.images, seen[-1]) and len(result.restart_costs) == 1
     assert len(result.history["total variation"]) == 9
     assert result.notes == ("stopped by the user after 8 of 100 iterations",)
@@ -325,7 +325,7 @@ def test_a_restart_that_fails_loses_against_one_that_does_not(tiny):
             return {name: term * float("nan") if failed else term for name, term in terms.items()}
 
     with pytest.warns(UserWarning, match="not finite"):
-        result = FailsFirst(iterations=5, restarts=2)(*tiny[:2])
+        result = FailsFirst(iterations=5, restarts=2)(*tiny[:2], together=1)
     assert result.restart_costs[0] == float("inf") and result.cost == result.restart_costs[1] < 2
 
 

@@ -84,7 +84,7 @@ def test_no_more_than_a_bounded_number_is_computed_at_once(generator):
 @pytest.mark.parametrize(("options", "shared"), [({"engine": "eager"}, {}), ({"chunk_size": 1}, {}), ({}, {"mode": "train"})])
 def test_attempts_that_cannot_be_computed_at_once_are_refused(options, shared, generator):
     model = gipip.build_model("lenet")
-    with pytest.raises(EngineError, match="2 attempts at once need"):
+    with pytest.raises(EngineError, match="2 attempts at once cannot be computed"):
         _attack("IG", generator).many(model, _updates(model, 2, **shared), together=2, **options)
 
 
@@ -104,6 +104,12 @@ def test_an_attempt_that_fails_does_not_spoil_the_others(generator):
     assert found.returned == "last iterate"
 
 
+def test_a_number_of_attempts_below_one_is_refused(generator):
+    model = gipip.build_model("lenet")
+    with pytest.raises(EngineError, match="that needs a positive number"):
+        _attack("IG", generator).many(model, _updates(model, 2), together=0)
+
+
 def test_stopping_ends_all_and_gives_what_there_is(generator):
     model = gipip.build_model("lenet")
 
@@ -113,6 +119,8 @@ def test_stopping_ends_all_and_gives_what_there_is(generator):
 
     found = _attack("IG", generator, iterations=50).many(model, _updates(model, 3), watch=stop, watch_every=5)
     assert [reconstruction.interrupted for reconstruction in found] == [True] * 3
+    restarts = _attack("IG", generator, iterations=50, restarts=3)(model, _updates(model, 1)[0], watch=stop, watch_every=5)
+    assert restarts.notes == ("stopped by the user after 5 of 50 iterations",) and len(restarts.restart_costs) == 3
     assert all(len(reconstruction.history["total variation"]) == 6 for reconstruction in found)
 
 

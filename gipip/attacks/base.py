@@ -283,13 +283,12 @@ class Attack(BaseModel):
             return []
         started = time.perf_counter()
         views = self._views(model, updates, engine, chunk_size)
-        if together and together > 1 and (views[0].engine == "eager" or views[0].update.mode == "train" or chunk_size):
-            raise EngineError(
-                f"{together} attempts at once need an engine other than 'eager' (here: {views[0].engine!r}), BatchNorm in eval mode (here: "
-                f"{views[0].update.mode}) and no chunk_size. Leave out `together`."
-            )
+        if together is None:
+            together = _together(views[0], chunk_size)
+        elif together != 1:
+            _check_together(together, views[0], chunk_size)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # gradients are matched to float32's precision
-            attempts = self._search(views, together or _together(views[0], chunk_size), **options)
+            attempts = self._search(views, together, **options)
         of_each = [[attempt for attempt in attempts if attempt.view is view] for view in views]
         return [self._reconstruction(own, time.perf_counter() - started) for own in of_each if own]
 
@@ -311,7 +310,7 @@ class Attack(BaseModel):
             seconds=seconds,
             engine=view.engine,
             interrupted=attempts[-1].stopped,
-            notes=tuple(note for attempt in attempts for note in attempt.notes),
+            notes=tuple(dict.fromkeys(note for attempt in attempts for note in attempt.notes)),  # a stop is noted by all that it ended
         )
 
     def _view(self, model: ClientModel, update: SharedUpdate, engine: str = "auto", chunk_size: int | None = None) -> View:
@@ -378,7 +377,7 @@ class Attack(BaseModel):
                     break
                 if watch and (iteration + 1) % watch_every == 0:
                     costs = _costs(state.history[-1])
-                    best = int(costs.argmin())
+                    best = int(costs.nan_to_num(float("inf")).argmin())
                     images = views[best].images(self.candidate(views[best], state.lane(best)).detach())
                     watch(iteration + 1, images.float().cpu(), costs[best].item())
         except (KeyboardInterrupt, StopIteration):
@@ -444,6 +443,14 @@ def _together(view: View, chunk_size: int | None) -> int:
     small = sum(gradient.numel() for gradient in view.target) < 50_000  # the LeNet; not the ConvNets
     possible = view.engine != "eager" and view.update.mode == "eval" and chunk_size is None
     return 8 if small and possible else 1
+
+
+def _check_together(together: int, view: View, chunk_size: int | None) -> None:
+    if together < 1 or view.engine == "eager" or view.update.mode == "train" or chunk_size is not None:
+        raise EngineError(
+            f"{together} attempts at once cannot be computed: that needs a positive number, an engine other than 'eager' (here: "
+            f"{view.engine!r}), BatchNorm in eval mode (here: {view.update.mode}) and no chunk_size. Leave out `together`."
+        )
 
 
 def _costs(terms: Mapping[str, Tensor]) -> Tensor:
