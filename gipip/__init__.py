@@ -9,6 +9,7 @@ from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsificati
 from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
 from gipip.explorer import explore
 from gipip.federation import Client, FedAvg, SharedUpdate, train_federated
+from gipip.imagenet import Prepared, prepare_imagenet
 from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
 from gipip.models import ClientModel, build_model, client_model, load_model
 from gipip.priors import AnomalyScore, Autoencoder, GenerativePrior, load_generator, load_prior, train_autoencoder, train_generator
@@ -18,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ATTACKS", "AnomalyScore", "Attack", "Autoencoder", "Client", "ClientModel", "Clipping", "DLG", "DPSGD", "Dataset", "FedAvg", "GIAS",
     "GIPIP", "GaussianNoise", "GenerativePrior", "GradInversion", "Interval", "InvertingGradients", "LabeledImages", "LatentSearch",
-    "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario", "SharedUpdate", "Soteria", "Sparsification",
+    "Prepared", "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario", "SharedUpdate", "Soteria", "Sparsification",
     "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "explore", "load_dataset", "load_generator", "load_model",
-    "load_prior", "paired_difference", "sweep", "train_autoencoder", "train_federated", "train_generator", "verdict",
+    "load_prior", "paired_difference", "prepare_imagenet", "sweep", "train_autoencoder", "train_federated", "train_generator", "verdict",
 ]  # fmt: skip

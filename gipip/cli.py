@@ -64,6 +64,16 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_print_vers
     """Gradient inversion attacks in federated learning, reproduced and fairly judged."""
 
 
+PrivateOption = Annotated[Path | None, typer.Option(help="ImageNet photographs, FOLDER/class/image.", show_default="$GIPIP_DATA/private")]
+AuxiliaryOption = Annotated[Path | None, typer.Option(help="The attacker's images, as well.", show_default="$GIPIP_DATA/auxiliary")]
+
+
+def _prepared(private: Path | None, auxiliary: Path | None) -> gipip.Prepared:
+    prepared = gipip.prepare_imagenet(private, auxiliary)
+    typer.echo(prepared)
+    return prepared
+
+
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help="smoke (minutes), cpu (under an hour), paper (hours on a GPU).")],
@@ -157,12 +167,19 @@ def _tuned_or_default(kind: type[gipip.Attack], condition: str, settings: dict) 
 
 
 @app.command()
-def data(name: Annotated[str | None, typer.Argument(help="cifar10: download and verify the full set, 184 MB.")] = None):
-    """List the data and weights at hand, or download a full data set."""
-    if name not in (None, "cifar10"):
-        raise DataError(f"Unknown data set {name!r}. Known: cifar10. For your own pictures use load_dataset('folder', root=…).")
+def data(
+    name: Annotated[str | None, typer.Argument(help="cifar10: download and verify all of it, 184 MB. imagenet64: from --private.")] = None,
+    private: PrivateOption = None,
+    auxiliary: AuxiliaryOption = None,
+):
+    """List the data and weights at hand, download the full CIFAR-10, or prepare private photographs from your copy of ImageNet."""
+    if name not in (None, "cifar10", "imagenet64"):
+        raise DataError(f"Unknown data set {name!r}. Known: cifar10, imagenet64. For other pictures: load_dataset('folder', root=…).")
     if name == "cifar10":
         typer.echo(f"The full CIFAR-10, verified: {download_cifar10()}")
+        return
+    if name == "imagenet64":
+        _prepared(private, auxiliary)
         return
     typer.echo("Ships with gipip:")
     for path in sorted(DATA.glob("*.safetensors")):
@@ -240,14 +257,18 @@ def tune(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="two, or fewer cores")] = None,
     scheduler: Annotated[str | None, typer.Option(envvar="DASK_SCHEDULER_ADDRESS", help="Of a dask cluster to use instead.")] = None,
     prior_file: Annotated[Path | None, typer.Option("--prior", help="Trained autoencoder.", show_default="the one shipped")] = None,
+    private: PrivateOption = None,
+    auxiliary: AuxiliaryOption = None,
     store: Annotated[Path, typer.Option(help="Folder of the results; a second run goes on from there.")] = Path("results"),
     output: Annotated[Path, typer.Option(help="File to which the study is added.")] = Path("results/tuned.json"),
 ):
     """Choose attack weights on tuning images: up to hours on two cores, minutes on a GPU. What ships is data/tuned.json."""
-    prior = gipip.AnomalyScore.load(prior_file) if prior_file else gipip.load_prior()
-    chosen = tuning.study(study, prior, iterations)
+    prior = gipip.AnomalyScore.load(prior_file) if prior_file else None
+    options = {"dataset": _prepared(private, auxiliary).dataset} if study.startswith("imagenet64") else {}
+    chosen = tuning.study(study, prior, iterations, **options)
     settings, grid = tuning.tune(chosen, store=store, workers=workers, scheduler=scheduler)
-    made = {"command": f"gipip tune {study}", "prior": prior.with_offset(0).fingerprint, **provenance()}
+    priors = {name: arm.attack.prior.fingerprint for name, arm in chosen.arms.items() if hasattr(arm.attack, "prior")}
+    made = {"command": f"gipip tune {study}", "priors": priors, **options, **provenance()}
     tried = {name: arm.attack.iterations for name, arm in chosen.arms.items()}
     made |= {"iterations": tried, "criterion": "highest mean PSNR on tuning images"}
     typer.echo(f"Saved: {tuning.write_tuned(output, study, settings, grid, made)}")

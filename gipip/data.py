@@ -4,7 +4,6 @@ Every draw sorts images by the SHA-256 of "purpose:seed:name": no global random 
 """
 
 import hashlib
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,16 +12,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional
+from torchvision.models import ResNet18_Weights
 
 from gipip.download import CIFAR10_FILE, cache_folder
 from gipip.errors import BatchSizeError, DataError
 from gipip.files import DATA, fingerprint, read_tensors
-from gipip.progress import progress
+from gipip.photographs import Photographs, decode, list_folder, read
 
-DATASETS = ("cifar10", "folder")
+DATASETS = ("cifar10", "imagenet64", "folder")
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_MEAN = (0.49139968, 0.48215841, 0.44653091)
@@ -34,7 +32,9 @@ PAPER_FRACTION = 0.038
 """The share of the training set that the paper grants the attacker: 1,900 of CIFAR-10's 50,000 images."""
 
 CIFAR10_SAMPLE = DATA / "cifar10-sample.safetensors"
+IMAGENET64_SAMPLE = DATA / "imagenet64-sample.safetensors"
 _TUNING_IMAGES = 200
+_PARTS = ("images", "labels", "indices")  # of a pool in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +125,8 @@ class Dataset:
         The default is 0.038 for CIFAR-10, as in the paper, and everything for a folder. For one seed a smaller fraction is the beginning
         of a larger one. Raises `DataError` if the fraction is out of range or the pool holds fewer images.
         """
+        if not len(self.auxiliary_pool):
+            raise DataError(f"{self.name} has no auxiliary images. Take a folder of others: load_dataset('folder', root=…).auxiliary().")
         fraction = self.default_fraction if fraction is None else fraction
         if not 0 < fraction <= 1 or round(fraction * self.training_images) == 0:
             raise DataError(f"fraction={fraction} selects no part of {self.training_images:,} images. Expected a number in (0, 1].")
@@ -161,14 +163,20 @@ def load_dataset(
     """A data set by name.
 
     "cifar10": the embedded sample, offline (1,900 auxiliary, 200 tuning, 256 private images); with `full=True` all 60,000, after
-    `gipip data cifar10`. "folder": any folder in the layout root/class/image, at size × size pixels (64 if not given): the shorter
-    side is scaled to 9/8 of it (72 for 64), then the centre is cropped. See `_folder` for `auxiliary_root` and the further options.
-    Raises `DataError` for an unknown name, unsuitable options or missing images.
+    `gipip data cifar10`. "imagenet64": 20 embedded ImageNet photographs at 64 × 64 (4 tuning, 16 private; 1,000 classes, no auxiliary
+    images); "imagenet64-…": yours, under the name that `gipip.prepare_imagenet` gave. "folder": any folder in the layout
+    root/class/image, at size × size pixels (64 if not given): the shorter side is scaled to 9/8 of it (72 for 64), then the centre is
+    cropped. See `_folder` for `auxiliary_root` and the further options. Raises `DataError` for an unknown name, unsuitable options or
+    missing images.
     """
     if name == "cifar10":
         if root or auxiliary_root or folder_options or size not in (None, 32):
             raise DataError("cifar10 is 32 × 32 and takes no option but `full`. For your own images: load_dataset('folder', root=…).")
         return _cifar10_full() if full else _cifar10_sample()
+    if name.split("-")[0] == "imagenet64":
+        if root or auxiliary_root or folder_options or full or size not in (None, 64):
+            raise DataError("imagenet64 is 64 × 64 and takes no option. For your own photographs: gipip.prepare_imagenet(folder).")
+        return _imagenet64(name)
     if name == "folder":
         if root is None or full:
             raise DataError("load_dataset('folder', root=…) needs a root folder and does not take `full`.")
@@ -184,7 +192,7 @@ def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
     pixels = []
     for path in map(Path, paths):
         try:
-            pixels.append(_decode(path, size, size))
+            pixels.append(decode(path, size, size))
         except Exception as error:  # decoders raise nearly anything on damaged files
             raise DataError(f"{path} cannot be read as an image ({error}). Expected a picture, such as a JPEG or PNG file.") from error
     return LabeledImages(torch.stack(pixels), torch.arange(len(pixels)))
@@ -200,7 +208,7 @@ def _ranked(labels: Int64[Tensor, "images"], names: Sequence, salt: str) -> list
     return ranked
 
 
-def _stratified_rows(labels: Int64[Tensor, "images"], names: Sequence, salt: str) -> list[int]:
+def stratified_rows(labels: Int64[Tensor, "images"], names: Sequence, salt: str) -> list[int]:
     """All rows, shuffled so that every beginning holds each class in proportion."""
     sizes, classes = Counter(labels.tolist()), labels.tolist()
     return [row for rank, row in sorted(_ranked(labels, names, salt), key=lambda pair: (pair[0] + 0.5) / sizes[classes[pair[1]]])]
@@ -208,7 +216,7 @@ def _stratified_rows(labels: Int64[Tensor, "images"], names: Sequence, salt: str
 
 def stratified(pool: LabeledImages, salt: str) -> list[int]:
     """All rows of a pool, shuffled as `salt` determines, so that every beginning holds each class in proportion."""
-    return _stratified_rows(pool.labels, pool.indices.tolist(), salt)
+    return stratified_rows(pool.labels, pool.indices.tolist(), salt)
 
 
 def _blocks(pool: LabeledImages, batch_size: int, distinct_labels: bool, salt: str) -> list[list[int]]:
@@ -239,9 +247,18 @@ def _cifar10(**pools: LabeledImages) -> Dataset:
 
 def _cifar10_sample() -> Dataset:
     tensors, _ = read_tensors(CIFAR10_SAMPLE)
-    parts = ("images", "labels", "indices")
     pools = ("auxiliary", "tuning", "private")
-    return _cifar10(**{f"{pool}_pool": LabeledImages(*(tensors[f"{pool}_{part}"] for part in parts)) for pool in pools})
+    return _cifar10(**{f"{pool}_pool": LabeledImages(*(tensors[f"{pool}_{part}"] for part in _PARTS)) for pool in pools})
+
+
+def _imagenet64(name: str) -> Dataset:
+    path = IMAGENET64_SAMPLE if name == "imagenet64" else cache_folder() / f"{name}.safetensors"
+    if not path.exists():
+        raise DataError(f"{path} is missing. Make it with `gipip data imagenet64 --private …`, or use the sample: 'imagenet64'.")
+    tensors, _ = read_tensors(path)
+    pools = {f"{pool}_pool": LabeledImages(*(tensors[f"{pool}_{part}"] for part in _PARTS)) for pool in ("tuning", "private")}
+    classes = tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    return Dataset(name, classes, IMAGENET_MEAN, IMAGENET_STD, pools["private_pool"][[]], **pools, training_images=0)
 
 
 def _cifar10_full() -> Dataset:
@@ -271,62 +288,23 @@ def _folder(
     With `auxiliary_root`, that folder is the auxiliary pool (labelled by its own sub-folders), and root is split into `tuning_fraction` and
     the rest, private. Without it, `auxiliary_fraction` of root is auxiliary. The split follows `split_seed` and the files' names.
     """
-    classes, pool, names = _read_folder(root, size)
-    rows = _stratified_rows(pool.labels, names, f"split:{split_seed}")
+    found, pool = _read_folder(root, size)
+    rows = stratified_rows(pool.labels, found.names, f"split:{split_seed}")
     first = round(tuning_fraction * len(rows))
     second = first if auxiliary_root else first + round(auxiliary_fraction * len(rows))
     tuning, auxiliary, private = (pool[sorted(part)] for part in (rows[:first], rows[first:second], rows[second:]))
     if auxiliary_root:
-        _require_apart(root, auxiliary_root)
-        _, auxiliary, _ = _read_folder(auxiliary_root, size)
-    return Dataset(root.resolve().name, classes, mean, std, auxiliary, tuning, private, training_images=len(auxiliary))
+        require_apart(root, auxiliary_root)
+        _, auxiliary = _read_folder(auxiliary_root, size)
+    return Dataset(root.resolve().name, found.classes, mean, std, auxiliary, tuning, private, training_images=len(auxiliary))
 
 
-def _require_apart(root: Path, auxiliary_root: Path) -> None:
+def _read_folder(root: Path, size: int) -> tuple[Photographs, LabeledImages]:
+    found, pixels = read(list_folder(root), size)
+    return found, LabeledImages(pixels, torch.tensor(found.labels))
+
+
+def require_apart(root: Path, auxiliary_root: Path) -> None:
     private, auxiliary = root.resolve(), auxiliary_root.resolve()
     if private.is_relative_to(auxiliary) or auxiliary.is_relative_to(private):
         raise DataError(f"{root} and {auxiliary_root} overlap: the attacker would own private images. Give two folders, or only `root`.")
-
-
-def _read_folder(root: Path, size: int) -> tuple[tuple[str, ...], LabeledImages, list[str]]:
-    """Class names, all readable images, and their paths below root; files that cannot be read are named in one warning."""
-    classes, paths, labels = _list_folder(root)
-    pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    readable, unreadable = [], []
-    many = len(paths) >= 2000
-    for row, path in enumerate(progress(paths, description=f"Reading {root.name}", unit="image") if many else paths):
-        try:
-            pixels[row] = _decode(path, size, round(size * 72 / 64))
-            readable.append(row)
-        except Exception as error:  # decoders raise nearly anything on damaged files; each is reported below
-            unreadable.append(f"{path.relative_to(root)} ({type(error).__name__})")
-    if unreadable:
-        warnings.warn(f"Skipped {len(unreadable)} of {len(paths)} files in {root}, not images: {', '.join(unreadable)}", stacklevel=2)
-    if not readable:
-        raise DataError(f"None of the {len(paths)} files in {root} is a readable image. Expected {root}/class/image.")
-    pool = LabeledImages(pixels, torch.tensor(labels))
-    return classes, pool[readable] if unreadable else pool, [paths[row].relative_to(root).as_posix() for row in readable]
-
-
-def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder. Expected a folder of images in the layout {root}/class/image.")
-    classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    inside = [(path, label) for label, name in enumerate(classes) for path in sorted((root / name).rglob("*"))]
-    found = [(path, label) for path, label in inside if path.is_file() and not path.name.startswith(".")]
-    if not found:
-        raise DataError(f"{root} holds no images. Expected the layout {root}/class/image.")
-    paths, labels = zip(*found, strict=True)
-    return tuple(classes), list(paths), list(labels)
-
-
-def _decode(path: Path, size: int, shorter_side: int) -> UInt8[Tensor, "3 size size"]:
-    """Upright RGB: scaled to `shorter_side` pixels, then centre-cropped. An image of size × size already is taken as it is."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if "transparency" in image.info:
-            image = image.convert("RGBA")  # Pillow wants this step between a palette with transparency and RGB
-        image = image.convert("RGB")
-    if image.size != (size, size):
-        image = functional.center_crop(functional.resize(image, shorter_side), size)
-    return functional.pil_to_tensor(image)

@@ -87,7 +87,7 @@ class Scenario(BaseModel):
 
         Not in it: which images and labels, the seeds, BatchNorm's mode, and the local steps' mini-batches and learning rate.
         """
-        parts = [self.dataset, f"{self.model}@{self.epochs}" if self.epochs else self.model, f"B={self.batch_size}"]
+        parts = [self.dataset.split("-")[0], f"{self.model}@{self.epochs}" if self.epochs else self.model, f"B={self.batch_size}"]
         parts += [f"FedAvg {self.fedavg.steps}"] if self.fedavg else []
         return "/".join([*parts, *map(str, self.defenses)])
 

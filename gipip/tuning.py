@@ -131,11 +131,11 @@ def with_and_without(condition: str, prior: AnomalyScore, **changes) -> dict[str
     return {"without": InvertingGradients.tuned(condition, **changes), "with": ours}
 
 
-def _equal_tv_arms(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
+def _equal_tv_arms(prior: AnomalyScore, iterations: int, as_weights: Sequence[float] = AS_WEIGHTS, **settings) -> dict[str, Arm]:
     """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without the anomaly score at equal total variation."""
     return {
         "InvertingGradients": Arm(InvertingGradients(iterations=iterations, **settings), (_SMALL_TV,)),
-        EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": AS_WEIGHTS},), after="InvertingGradients"),
+        EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": as_weights},), after="InvertingGradients"),
     }
 
 
@@ -195,21 +195,40 @@ def _gan(prior: AnomalyScore, iterations: int) -> Study:
     return Study(scenarios, arms)
 
 
-_STUDIES = {  # how each is built, and the iterations of its attacks
-    "main": (_main, 300),
-    "conditions": (_conditions, 100),
-    "variants": (_variants, 100),
-    "defenses": (_defenses, 100),
-    "gan": (_gan, 100),
+def _imagenet64(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
+    batches = {("convnet16", 1): 4, ("convnet16", 4): 2, ("convnet16", 8): 2, ("resnet18", 1): 3}
+    scenarios = [_tuning(count, dataset=dataset, model=model, batch_size=size) for (model, size), count in batches.items()]
+    arms = _equal_tv_arms(prior, iterations, as_weights=(0.01, 0.05, 0.2, 1.0))
+    arms["GIPIP"] = Arm(GIPIP(prior=prior, iterations=iterations), (_SMALL_TV,), after=EQUAL)
+    return Study(tuple(itertools.chain(*scenarios)), arms)
+
+
+def _imagenet64_gan(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
+    gias = GIAS(prior=load_generator("imagenet64"), iterations=iterations, latent_iterations=iterations // 2)
+    stages = ({"learning_rate": (1e-3, 3e-3, 1e-2)}, {"tv_weight": (1e-3, 3e-3, 1e-2)})
+    return Study(_tuning(4, dataset=dataset, model="convnet16"), {"GIAS": Arm(gias, stages)})
+
+
+_STUDIES = {  # how each is built, the iterations of its attacks, and the prior they use
+    "main": (_main, 300, "cifar10"),
+    "conditions": (_conditions, 100, "cifar10"),
+    "variants": (_variants, 100, "cifar10"),
+    "defenses": (_defenses, 100, "cifar10"),
+    "gan": (_gan, 100, "cifar10"),
+    "imagenet64": (_imagenet64, 150, "imagenet64"),
+    "imagenet64-gan": (_imagenet64_gan, 100, "imagenet64"),
 }
 STUDIES = tuple(_STUDIES)
 
 
-def study(name: str, prior: AnomalyScore, iterations: int | None = None) -> Study:
+def study(name: str, prior: AnomalyScore | None = None, iterations: int | None = None, **options) -> Study:
     """A study whose results ship: "main" (Inverting Gradients and GIPIP in 02), "conditions" (batch sizes and trained clients in 03),
-    "variants" (of the anomaly score, 03), "defenses" (05), "gan" (GIAS and its opponents in 04). Raises DataError for another name.
+    "variants" (of the anomaly score, 03), "defenses" (05), "gan" (GIAS and its opponents in 04), "imagenet64" and "imagenet64-gan" (06),
+    which take the name of a `dataset` that `gipip.prepare_imagenet` gave: the embedded photographs are too few to tune batches on.
+
+    `prior`: by default the one that ships. Raises DataError for another name.
     """
     if name not in _STUDIES:
         raise DataError(f"Unknown study {name!r}. Known: {', '.join(STUDIES)}.")
-    build, default = _STUDIES[name]
-    return build(prior.with_offset(0), iterations or default)
+    build, default, shipped = _STUDIES[name]
+    return build((prior or load_prior(shipped)).with_offset(0), iterations or default, **options)

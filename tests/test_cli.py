@@ -83,7 +83,7 @@ def test_the_version_is_the_packages():
     [
         (["reproduce", "--profile", "gpu"], "Unknown profile: 'gpu'. Known: cpu, paper, smoke."),
         (["reproduce", "--profile", "smoke", "--only", "99"], "Unknown notebook: '99'"),
-        (["data", "mnist"], "Unknown data set 'mnist'. Known: cifar10."),
+        (["data", "mnist"], "Unknown data set 'mnist'. Known: cifar10, imagenet64."),
         (["attack", "nowhere.png"], "nowhere.png cannot be read as an image"),
         (["train-prior", "--data", "nowhere"], "nowhere is not a folder"),
         (["train-prior", "--fraction", "0"], "fraction=0.0 selects no part"),
@@ -285,24 +285,24 @@ def test_the_training_defaults_are_the_librarys(command, training, names):
 
 def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(tmp_path, monkeypatch):
     def tiny(prior, iterations):
-        attack = gipip.InvertingGradients(iterations=iterations)
-        return tuning.Study((gipip.Scenario(pool="tuning", model="lenet"),), {"IG": tuning.Arm(attack, ({"tv_weight": (0.0, 0.1)},))})
+        attack = gipip.GIPIP(prior=prior, iterations=iterations)
+        return tuning.Study((gipip.Scenario(pool="tuning", model="lenet"),), {"GIPIP": tuning.Arm(attack, ({"tv_weight": (0.0, 0.1)},))})
 
     def sweep(runs, *, store, workers, scheduler):
         assert workers == 1 and scheduler == "tcp://head:8786"
         return [experiments.execute(run, experiments.ResultStore(store)) for run in runs]
 
-    monkeypatch.setitem(tuning._STUDIES, "tiny", (tiny, 99))
+    monkeypatch.setitem(tuning._STUDIES, "tiny", (tiny, 99, "cifar10"))
     monkeypatch.setattr(tuning, "sweep", sweep)  # in this process: a worker takes long to start
     output = tmp_path / "tuned.json"
     cluster = ["--workers", 1, "--scheduler", "tcp://head:8786"]
     text = succeeds("tune", "tiny", "--iterations", 2, *cluster, "--store", tmp_path / "store", "--output", output)
     assert f"Saved: {output}" in text and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
     written = json.loads(output.read_text())
-    assert written["settings"]["cifar10/lenet/B=1"]["IG"]["tv_weight"] in (0.0, 0.1)
+    assert written["settings"]["cifar10/lenet/B=1"]["GIPIP"]["tv_weight"] in (0.0, 0.1)
     made = written["studies"]["tiny"]["made"]
     assert set(made["iterations"].values()) == {2}
-    assert {"command": "gipip tune tiny", "prior": gipip.load_prior().with_offset(0).fingerprint}.items() <= made.items()
+    assert {"command": "gipip tune tiny", "priors": {"GIPIP": gipip.load_prior().with_offset(0).fingerprint}}.items() <= made.items()
     assert len(written["studies"]["tiny"]["grid"]) == 2
 
 

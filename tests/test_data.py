@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gipip import data, download
+from gipip import data, download, photographs
 from gipip.data import Dataset, LabeledImages, load_dataset
 from gipip.errors import BatchSizeError, DamagedFileError, DataError
 from gipip.files import DATA, read_tensors
@@ -244,7 +244,7 @@ def test_too_large_a_batch_says_what_is_possible_and_what_to_do():
 
 
 def test_an_unknown_data_set_names_the_known_ones():
-    with pytest.raises(DataError, match="'cifar11'.*cifar10, folder"):
+    with pytest.raises(DataError, match="'cifar11'.*cifar10, imagenet64, folder"):
         load_dataset("cifar11")
 
 
@@ -335,7 +335,7 @@ def test_grey_palette_transparent_and_rgb_pictures_come_out_as_the_same_rgb(tmp_
     pictures = {"grey": grey, "palette": grey.convert("P"), "rgb": grey.convert("RGB"), "rgba": transparent, "two": grey.convert("LA")}
     for name, picture in pictures.items():
         save(tmp_path / "root" / name / "image.png", picture)
-        assert data._decode(tmp_path / "root" / name / "image.png", 8, 9).unique().tolist() == [120], name
+        assert photographs.decode(tmp_path / "root" / name / "image.png", 8, 9).unique().tolist() == [120], name
 
 
 def test_exif_orientation_is_respected(tmp_path):
@@ -343,14 +343,14 @@ def test_exif_orientation_is_respected(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
     save(tmp_path / "turned.png", gradient(16, 16), exif=exif)
     save(tmp_path / "plain.png", gradient(16, 16))
-    turned, plain = (data._decode(tmp_path / name, 16, 18) for name in ("turned.png", "plain.png"))
+    turned, plain = (photographs.decode(tmp_path / name, 16, 18) for name in ("turned.png", "plain.png"))
     assert torch.equal(turned, plain.rot90(-1, dims=(1, 2)))
 
 
 @pytest.mark.parametrize("width, height", [(144, 72), (72, 144), (288, 144)])
 def test_the_shorter_side_becomes_nine_eighths_of_the_size_and_the_centre_is_cut_out(tmp_path, width, height):
     save(tmp_path / "image.png", gradient(width, height))
-    cut = data._decode(tmp_path / "image.png", 64, 72).double()
+    cut = photographs.decode(tmp_path / "image.png", 64, 72).double()
     assert cut.shape == (3, 64, 64)
     scale = 72 / min(width, height)
     across, down = ((np.arange(64) - 31.5) * 255 / (scale * side - 1) + 127.5 for side in (width, height))
@@ -360,7 +360,7 @@ def test_the_shorter_side_becomes_nine_eighths_of_the_size_and_the_centre_is_cut
 def test_a_picture_of_the_right_size_is_taken_as_it_is(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     save(tmp_path / "image.png", Image.fromarray(noise))
-    assert np.array_equal(data._decode(tmp_path / "image.png", 16, 18).permute(1, 2, 0), noise)
+    assert np.array_equal(photographs.decode(tmp_path / "image.png", 16, 18).permute(1, 2, 0), noise)
 
 
 def test_a_missing_or_empty_folder_says_what_layout_is_expected(tmp_path):

@@ -1,0 +1,129 @@
+"""Private photographs at 64 × 64 from your own copy of ImageNet, without those that the attacker owns."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from jaxtyping import UInt64
+
+from gipip.data import IMAGENET64_SAMPLE, require_apart, stratified_rows
+from gipip.download import cache_folder
+from gipip.errors import DataError
+from gipip.files import DATA, read_tensors, write_tensors
+from gipip.photographs import Photographs, list_folder, near, perceptual_hashes, read
+
+SIZE, CLASSES = 64, 1_000
+HASHES = DATA / "hashes-imagenet64.safetensors"
+"""Perceptual hashes of the images that the shipped priors for ImageNet at 64 × 64 were trained on."""
+_TUNING_FRACTION = 0.1
+
+
+class Prepared(NamedTuple):
+    """A data set of private photographs: its name for `load_dataset` and `Scenario`, and how it came about.
+
+    `auxiliary`: the folder of the attacker's images, if one was given. `images`: photographs it holds. `excluded`: those left out because
+    they are among the `compared` different photographs that the attacker owns (the given folder's and those of the shipped priors).
+    """
+
+    dataset: str
+    auxiliary: Path | None
+    images: int
+    excluded: int
+    compared: int
+
+    def __str__(self) -> str:
+        left_out = f"{self.excluded} were left out, because they are among the {self.compared:,} photographs that the attacker owns"
+        return f"{self.dataset}: {self.images:,} photographs at {SIZE}×{SIZE}; {left_out}."
+
+
+def prepare_imagenet(private: Path | str | None = None, auxiliary: Path | str | None = None, limit: int = 1_000) -> Prepared:
+    """Make a data set of private photographs, once; its name says which files it was made of.
+
+    `private`, `auxiliary`: folders in the layout root/class/image, such as torchvision's ImageNet and Tiny ImageNet's training images; the
+    label is the rank of the class folder's name, as usual for ImageNet's 1,000. Of `private` at most `limit` photographs are taken, each
+    class in proportion, a tenth of them for tuning: the shorter side is scaled to 72 pixels, then the central 64 × 64 are kept. What shows
+    the same photograph as one of `auxiliary` or of the shipped priors' images is left out (perceptual hashes, see `gipip.photographs`).
+
+    A folder that is not given is looked for in $GIPIP_DATA, as `private` or `auxiliary`. Without private photographs this gives the 20
+    that ship. `private` may also be the file that was made before, perhaps on another machine. Raises DataError for folders that cannot
+    be used.
+    """
+    private, auxiliary = _folder(private, "private"), _folder(auxiliary, "auxiliary")
+    if private is None:
+        return _described(IMAGENET64_SAMPLE, auxiliary)
+    if private.is_file():
+        return _adopted(private, auxiliary)
+    if auxiliary:
+        require_apart(private, auxiliary)
+    photographs, known = list_folder(private), list_folder(auxiliary) if auxiliary else None
+    path = cache_folder() / f"imagenet64-{_identity(photographs, known, limit)}.safetensors"
+    if not path.exists():
+        _make(path, photographs, known, limit)
+    return _described(path, auxiliary)
+
+
+def _folder(given: Path | str | None, name: str) -> Path | None:
+    """The folder given, else the one in $GIPIP_DATA, if there is one."""
+    if given:
+        return Path(given)
+    inside = Path(os.environ.get("GIPIP_DATA") or os.devnull) / name
+    return inside if inside.is_dir() else None
+
+
+def _identity(private: Photographs, auxiliary: Photographs | None, limit: int) -> str:
+    """Eight hex digits for the names and sizes of all files."""
+    digest = hashlib.sha256(str(limit).encode())
+    for photographs in filter(None, (private, auxiliary)):
+        for name, path in zip(photographs.names, photographs.paths, strict=True):
+            digest.update(f"\n{name} {path.stat().st_size}".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:8]
+
+
+def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit: int) -> None:
+    if len(private.classes) > CLASSES:
+        raise DataError(f"{private.root} has {len(private.classes):,} class folders; the client's network knows {CLASSES:,}. Give fewer.")
+    chosen = private[stratified_rows(torch.tensor(private.labels), private.names, "limit")[:limit]]
+    chosen, pixels = read(chosen, SIZE)
+    owned = numpy.unique(shipped_hashes())
+    if auxiliary:
+        owned = numpy.union1d(owned, perceptual_hashes(auxiliary))
+    new = (~near(perceptual_hashes(chosen), owned)).nonzero()[0].tolist()
+    labels = torch.tensor(chosen.labels)
+    rows = [new[row] for row in stratified_rows(labels[new], chosen[new].names, "split:0")]
+    tuning = round(_TUNING_FRACTION * len(rows))
+    if not 0 < tuning < len(rows):
+        raise DataError(f"{private.root} holds {len(rows)} usable photographs: too few for a tuning and a private part. Give at least 10.")
+    tensors = {}
+    for pool, part in {"tuning": rows[:tuning], "private": rows[tuning:]}.items():
+        part = torch.tensor(sorted(part))
+        tensors |= {f"{pool}_images": pixels[part], f"{pool}_labels": labels[part], f"{pool}_indices": part}
+    write_tensors(path, tensors, {"images": len(rows), "excluded": len(chosen.paths) - len(rows), "compared": len(owned)})
+
+
+def _described(path: Path, auxiliary: Path | None) -> Prepared:
+    _, about = read_tensors(path)
+    name = "imagenet64" if path == IMAGENET64_SAMPLE else path.stem
+    return Prepared(name, auxiliary, about["images"], about["excluded"], about["compared"])
+
+
+def _adopted(path: Path, auxiliary: Path | None) -> Prepared:
+    """A file made elsewhere, copied to the cache folder."""
+    if not path.stem.startswith("imagenet64-"):
+        raise DataError(f"{path} is no data set made by gipip.prepare_imagenet, whose files are called imagenet64-….safetensors.")
+    prepared = _described(path, auxiliary)
+    target = cache_folder() / path.name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return prepared
+
+
+def shipped_hashes() -> UInt64[numpy.ndarray, "images"]:
+    """Perceptual hashes of all images that the shipped priors for ImageNet at 64 × 64 were trained on."""
+    tensors, _ = read_tensors(HASHES)
+    return tensors["hashes"].numpy().view(numpy.uint64)
