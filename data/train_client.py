@@ -1,37 +1,66 @@
-"""Trains `client-cifar10-convnet16.safetensors`: the small ConvNet after 0, 40, 60, 80 and 100 epochs of one training.
+"""Trains a client's model and keeps it after some epochs of one training: client-DATASET-NETWORK.safetensors.
 
-Run `gipip data cifar10` first, then `python data/train_client.py [target]`: about an hour and a half on one CPU core. The training images
-are the half of CIFAR-10's training split that the attacker's auxiliary draws of up to 50 % (seed 0) do not touch.
+`python data/train_client.py cifar10 convnet16` makes the one that ships: epochs 0, 40, 60, 80 and 100, about an hour and a half on one
+CPU core. Run `gipip data cifar10` first. The training images are the half of CIFAR-10's training split that the attacker's auxiliary draws
+of up to 50 % (seed 0) do not touch.
+
+`python data/train_client.py imagenet64 resnet18 --images FOLDER` trains on photographs in the layout FOLDER/class/image, nine tenths of
+them, and puts the file into the cache folder: with ResNet18 and the same epochs it takes a GPU. `--epochs 0 2 5 10` for fewer.
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 
 import torch
 
-from gipip.data import load_dataset, stratified
+from gipip.data import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset, stratified
+from gipip.download import cache_folder
 from gipip.experiments import provenance
-from gipip.files import write_tensors
+from gipip.files import DATA, write_tensors
+from gipip.imagenet import CLASSES, SIZE
 from gipip.models import accuracy, build_model, train_client
 
-NAME, EPOCHS, SHIPPED, IMAGES = "convnet16", 100, (0, 40, 60, 80, 100), 25_000
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", choices=["cifar10", "imagenet64"])
+    parser.add_argument("network")
+    parser.add_argument("--images", type=Path, help="folder of photographs, for imagenet64")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[0, 40, 60, 80, 100], help="after which the model is kept")
+    options = parser.parse_args()
+    if options.dataset == "imagenet64" and options.images is None:
+        parser.error("imagenet64 needs --images FOLDER, in the layout FOLDER/class/image")
+    training, test, classes, input_ = _cifar10() if options.dataset == "cifar10" else _photographs(options.images)
+    folder = DATA if options.dataset == "cifar10" else cache_folder()
+    about = {"model": options.network, "num_classes": classes, "input": input_, "data": training.fingerprint, "images": len(training)}
+    about |= {"command": f"python data/train_client.py {options.dataset} {options.network}", "test images": len(test), "made": provenance()}
+    print(train(folder / f"client-{options.dataset}-{options.network}.safetensors", training, test, options.epochs, about))
 
 
-def train(target: Path) -> Path:
-    torch.set_num_threads(1)
+def _cifar10() -> tuple[LabeledImages, LabeledImages, int, dict]:
     data = load_dataset("cifar10", full=True)
-    images = data.auxiliary_pool[stratified(data.auxiliary_pool, "auxiliary:0")[-IMAGES:]]
-    model = build_model(NAME, data.num_classes)
-    tensors, about = {}, {"model": NAME, "num_classes": data.num_classes, "data": images.fingerprint, "images": len(images)}
-    about |= {"command": "python data/train_client.py", "test images": len(data.private_pool), "made": provenance()}
-    about |= {"accuracy": {}, "loss": {}}
-    started, losses = time.perf_counter(), train_client(model, images, epochs=EPOCHS)
-    for epoch in range(EPOCHS + 1):
+    training = data.auxiliary_pool[stratified(data.auxiliary_pool, "auxiliary:0")[-25_000:]]
+    return training, data.private_pool, data.num_classes, {}
+
+
+def _photographs(root: Path) -> tuple[LabeledImages, LabeledImages, int, dict]:
+    data = load_dataset("folder", root=root, size=SIZE, auxiliary_fraction=0.0, tuning_fraction=0.1)
+    return data.private_pool, data.tuning_pool, CLASSES, {"image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def train(target: Path, training: LabeledImages, test: LabeledImages, epochs: list[int], about: dict) -> Path:
+    """Train for the last of the `epochs`, and keep the model after each of them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    model = build_model(about["model"], about["num_classes"], **about["input"]).to(device)
+    tensors, about = {}, about | {"accuracy": {}, "loss": {}}
+    started, losses = time.perf_counter(), train_client(model, training, epochs=max(epochs))
+    for epoch in range(max(epochs) + 1):
         loss = next(losses) if epoch else None
-        if epoch in SHIPPED:
+        if epoch in epochs:
             tensors |= {f"{epoch}/{name}": value.contiguous().clone() for name, value in model.state_dict().items()}
-            about["accuracy"][str(epoch)], about["loss"][str(epoch)] = accuracy(model, data.private_pool), loss
+            about["accuracy"][str(epoch)], about["loss"][str(epoch)] = accuracy(model, test), loss
             about["minutes"] = round((time.perf_counter() - started) / 60, 1)
             print(f"epoch {epoch}: loss {loss}, accuracy {about['accuracy'][str(epoch)]:.4f}", flush=True)
             write_tensors(target, tensors, about)
@@ -39,4 +68,4 @@ def train(target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(train(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "client-cifar10-convnet16.safetensors"))
+    main()

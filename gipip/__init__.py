@@ -6,7 +6,7 @@
 from gipip.attacks import ATTACKS, DLG, GIAS, GIPIP, Attack, GradInversion, InvertingGradients, LatentSearch, Reconstruction
 from gipip.data import Dataset, LabeledImages, load_dataset
 from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
-from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
+from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, shipped_results, sweep
 from gipip.explorer import explore
 from gipip.federation import Client, FedAvg, SharedUpdate, train_federated
 from gipip.imagenet import Prepared, prepare_imagenet
@@ -21,5 +21,6 @@ __all__ = [
     "GIPIP", "GaussianNoise", "GenerativePrior", "GradInversion", "Interval", "InvertingGradients", "LabeledImages", "LatentSearch",
     "Prepared", "Reconstruction", "Result", "ResultStore", "Results", "Run", "Scenario", "SharedUpdate", "Soteria", "Sparsification",
     "bootstrap_interval", "build_model", "client_model", "evaluate", "execute", "explore", "load_dataset", "load_generator", "load_model",
-    "load_prior", "paired_difference", "prepare_imagenet", "sweep", "train_autoencoder", "train_federated", "train_generator", "verdict",
+    "load_prior", "paired_difference", "prepare_imagenet", "shipped_results", "sweep", "train_autoencoder", "train_federated",
+    "train_generator", "verdict",
 ]  # fmt: skip

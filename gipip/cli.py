@@ -80,13 +80,17 @@ def reproduce(
     only: Annotated[list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")] = [],  # noqa: B006
     in_place: Annotated[bool, typer.Option("--in-place", help="Store the outputs in the notebooks themselves (smoke only).")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the executed copies.", show_default="results/notebooks/PROFILE")] = None,
+    private: PrivateOption = None,
+    auxiliary: AuxiliaryOption = None,
 ):
     """Run the notebooks and regenerate their figures.
 
     Every finished attack is kept in the result store: after an interruption the same command goes on where it was. With the address of a
     dask scheduler in DASK_SCHEDULER_ADDRESS the attacks run on its cluster.
     """
-    finished = run(profile, only, in_place=in_place, output=output, report=lambda line: typer.secho(line, bold=True))
+    folders = {"private": private, "auxiliary": auxiliary}
+    parameters = {name: str(folder.resolve()) for name, folder in folders.items() if folder}
+    finished = run(profile, only, in_place=in_place, output=output, parameters=parameters, report=lambda line: typer.secho(line, bold=True))
     typer.echo()
     for notebook in finished:
         figures = ", ".join(figure.stem for figure in notebook.figures) or "none"

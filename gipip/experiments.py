@@ -30,7 +30,7 @@ from gipip.data import Dataset, LabeledImages, load_dataset
 from gipip.defenses import AnyDefense
 from gipip.errors import DamagedFileError, DataError, StoreError, SweepError
 from gipip.federation import Client, FedAvg, SharedUpdate
-from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
+from gipip.files import DATA, canonical_json, fingerprint, read_tensors, write_tensors
 from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
 from gipip.models import ClientModel, build_model, load_model, model_fingerprint
 from gipip.progress import progress, quiet
@@ -177,9 +177,7 @@ class ResultStore:
         """The stored result of a run, or None if there is none that can be trusted."""
         path = self.path(run)
         try:
-            tensors, details = read_tensors(path)
-            if details.pop("config", None) != run.config():
-                raise DamagedFileError(f"{path} holds the result of another run.")
+            return _read(path, run)
         except FileNotFoundError:
             return None
         except DamagedFileError as error:
@@ -187,9 +185,6 @@ class ResultStore:
             path.rename(aside)
             warnings.warn(f"{error} It is set aside as {aside.name} and the run is computed again.", stacklevel=2)
             return None
-        history = {name.removeprefix("history/"): value for name, value in sorted(tensors.items()) if name.startswith("history/")}
-        metrics = pandas.DataFrame(details.pop("metrics"))
-        return Result(run, tensors["images"], tensors["truth"], tensors["labels"], history, metrics, details)
 
     def save(self, result: Result) -> None:
         tensors = {"images": result.images, "truth": result.truth, "labels": result.labels}
@@ -197,6 +192,16 @@ class ResultStore:
         metrics = result.metrics.to_dict(orient="list")
         with self._writing():
             write_tensors(self.path(result.run), tensors, result.details | {"metrics": metrics, "config": result.run.config()})
+
+
+def _read(path: Path, run: Run) -> Result:
+    """The result of `run` in the file `path`; DamagedFileError if it holds anything else."""
+    tensors, details = read_tensors(path)
+    if details.pop("config", None) != run.config():
+        raise DamagedFileError(f"{path} holds the result of another run.")
+    history = {name.removeprefix("history/"): value for name, value in sorted(tensors.items()) if name.startswith("history/")}
+    metrics = pandas.DataFrame(details.pop("metrics"))
+    return Result(run, tensors["images"], tensors["truth"], tensors["labels"], history, metrics, details)
 
 
 def execute(run: Run, store: ResultStore | None = None) -> Result:
@@ -337,6 +342,12 @@ class Results(Sequence):
             images = effect.count * size
             rows.append({"comparison": comparison, "metric": metric, "images": images, "effect": effect, "verdict": verdict(effect)})
         return pandas.DataFrame(rows)
+
+
+def shipped_results(runs: Iterable[Run]) -> Results:
+    """Those of the runs whose results ship with gipip (`data/results`), because they take hours: nothing is computed."""
+    paths = {run: DATA / "results" / f"{run.key()}.safetensors" for run in runs}
+    return Results(_read(path, run) for run, path in paths.items() if path.exists())
 
 
 def sweep(

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gipip.data import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
+from gipip.download import cache_folder
 from gipip.errors import ModelError
 from gipip.files import DATA, fingerprint, read_tensors
 from gipip.progress import progress
@@ -119,19 +120,22 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def load_model(name: str, dataset: str = "cifar10", epochs: int = 0) -> ClientModel:
-    """The client model `name` after `epochs` of training on `dataset`, as it ships with gipip (see data/README.md), in eval mode.
+    """The client model `name` after `epochs` of training on `dataset`, in eval mode.
 
-    Raises ModelError when no such model ships.
+    It ships with gipip (see data/README.md), or `data/train_client.py` has put it into the cache folder.
+
+    Raises ModelError when there is no such model.
     """
-    path = DATA / f"client-{dataset}-{name}.safetensors"
-    tensors, provenance = read_tensors(path) if path.exists() else ({}, {})
-    shipped = sorted(int(epoch) for epoch in provenance.get("accuracy", {}))
-    if epochs not in shipped:
+    file = f"client-{dataset}-{name}.safetensors"
+    path = next((folder / file for folder in (DATA, cache_folder()) if (folder / file).exists()), None)
+    tensors, provenance = read_tensors(path) if path else ({}, {})
+    there = sorted(int(epoch) for epoch in provenance.get("accuracy", {}))
+    if epochs not in there:
         raise ModelError(
-            f"No {name!r} trained for {epochs} epochs on {dataset!r} ships with gipip (epochs shipped: {shipped or 'none'}). "
-            "Train one: gipip.models.train_client."
+            f"There is no {name!r} trained for {epochs} epochs on {dataset!r} (epochs at hand: {there or 'none'}). "
+            f"Train one: python data/train_client.py {dataset} {name}."
         )
-    model = build_model(name, provenance["num_classes"])
+    model = build_model(name, provenance["num_classes"], **provenance.get("input", {}))
     model.load_state_dict({key.removeprefix(f"{epochs}/"): value for key, value in tensors.items() if key.startswith(f"{epochs}/")})
     return model
 
@@ -150,6 +154,7 @@ def train_client(
     SGD with momentum 0.9 and weight decay 5e-4, learning rate falling to zero along a cosine, random horizontal flips.
     """
     generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(images) // batch_size))
@@ -160,9 +165,9 @@ def train_client(
         for rows in progress(batches, description=f"epoch {epoch + 1}/{epochs}"):
             batch = images[rows]
             flipped = (torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5).expand_as(batch.images)
-            x = torch.where(flipped, batch.images.flip(3), batch.images).to(memory_format=torch.channels_last)
+            x = torch.where(flipped, batch.images.flip(3), batch.images).to(device, memory_format=torch.channels_last)
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), batch.labels)
+            loss = nn.functional.cross_entropy(model(x), batch.labels.to(device))
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -174,7 +179,7 @@ def train_client(
 @torch.no_grad()
 def accuracy(model: ClientModel, images: LabeledImages) -> float:
     """Share of the images that the model, in eval mode, puts in their class; in [0, 1]."""
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).cpu().eval()
     predicted = torch.cat([model(images[rows].images).argmax(dim=1) for rows in torch.arange(len(images)).split(250)])
     return (predicted == images.labels).double().mean().item()
 

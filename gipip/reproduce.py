@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,39 +57,40 @@ def run(
     in_place: bool = False,
     output: Path | str | None = None,
     folder: Path | str | None = None,
+    parameters: Mapping[str, str] | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Executed]:
     """Run the notebooks of `folder` in order, each in a kernel of its own whose working directory is that folder.
 
     `only`: numbers ("02") or names ("02_inversion") of those to run; all by default. Executed copies go to `output`, by default
     results/notebooks/PROFILE beside the folder. `in_place` executes the notebooks themselves, unchanged but for their outputs, so that two
-    executions give the same bytes. In the end the claims that notebooks judged are joined in claims.csv. `report` receives a line for each
-    step. Raises `ProfileError` before anything runs for an unknown profile, notebook or parameter, and `NotebookError` at the first
-    notebook that fails.
+    executions give the same bytes. `parameters` go to every notebook that declares them, whatever the profile says. In the end the claims
+    that notebooks judged are joined in claims.csv. `report` receives a line for each step. Raises `ProfileError` before anything runs for
+    an unknown profile, notebook or parameter, and `NotebookError` at the first notebook that fails.
     """
     folder = Path(folder or notebooks_folder()).resolve()
-    parameters = plan(profile, only, folder)
-    if not parameters:
+    settings = plan(profile, only, folder, parameters)
+    if not settings:
         raise ProfileError(f"{folder} holds no notebooks. Expected NUMBER_NAME.ipynb, such as 00_quickstart.ipynb.")
-    if in_place and any(parameters.values()):
+    if in_place and any(settings.values()):
         raise ProfileError(f"Notebooks are stored as they are, in the smoke profile; {profile!r} sets parameters. Leave --in-place out.")
     target = folder if in_place else Path(output or folder.parent / "results" / "notebooks" / profile).resolve()
     target.mkdir(parents=True, exist_ok=True)
     finished = []
-    for name, values in parameters.items():
+    for name, values in settings.items():
         report(f"{name}: running, profile {profile}")
         started, clock = time.time_ns(), time.perf_counter()
         _execute(folder / f"{name}.ipynb", target / f"{name}.ipynb", None if in_place else values)
         figures = [path for path in sorted((folder.parent / "figures").rglob("*.png")) if path.stat().st_mtime_ns >= started]
         finished.append(Executed(name, target / f"{name}.ipynb", time.perf_counter() - clock, tuple(figures)))
         report(f"{name}: done in {finished[-1].seconds:.0f} s")
-    _join_claims(profile, parameters, folder, report)
+    _join_claims(profile, settings, folder, report)
     return finished
 
 
-def _join_claims(profile: str, parameters: dict[str, dict], folder: Path, report: Callable[[str], None]) -> None:
+def _join_claims(profile: str, settings: dict[str, dict], folder: Path, report: Callable[[str], None]) -> None:
     """claims.csv in the folder to which the profile sends figures, if it names one; the profile cpu also shows it in README.md."""
-    for figures in sorted({folder / values["figures"] for values in parameters.values() if "figures" in values}):
+    for figures in sorted({folder / values["figures"] for values in settings.values() if "figures" in values}):
         table = collect_claims(figures)
         if len(table):
             counts = ", ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items())
@@ -99,8 +100,10 @@ def _join_claims(profile: str, parameters: dict[str, dict], folder: Path, report
                 report(f"Claims, judged: {readme}")
 
 
-def plan(profile: str, only: Iterable[str] = (), folder: Path | str | None = None) -> dict[str, dict]:
-    """The parameters of each chosen notebook, in order: those under "all" that it declares, then its own.
+def plan(
+    profile: str, only: Iterable[str] = (), folder: Path | str | None = None, parameters: Mapping[str, str] | None = None
+) -> dict[str, dict]:
+    """The parameters of each chosen notebook, in order: those under "all" that it declares, its own, the given ones that it declares.
 
     The whole profile is checked: raises `ProfileError` for a notebook or parameter that does not exist.
     """
@@ -108,18 +111,18 @@ def plan(profile: str, only: Iterable[str] = (), folder: Path | str | None = Non
     profiles = read_profiles(folder)
     _require("profile", profile, profiles)
     settings = {name: values or {} for name, values in (profiles[profile] or {}).items()}
-    shared = settings.pop("all", {})
+    shared, given = settings.pop("all", {}), parameters or {}
     names = [path.stem for path in sorted(folder.glob("[0-9]*.ipynb")) if not path.stem.endswith(".failed")]
     declared = {name: set(papermill.inspect_notebook(str(folder / f"{name}.ipynb"))) for name in names}
     for name in settings:
         _require("notebook", name, names)
         for parameter in settings[name]:
             _require(f"parameter of {name}", parameter, declared[name])
-    for parameter in shared:
+    for parameter in [*shared, *given]:
         _require("parameter of any notebook", parameter, set().union(*declared.values()))
     chosen = {_named(wanted, names) for wanted in only} or set(names)
-    own = {name: {key: value for key, value in shared.items() if key in declared[name]} | settings.get(name, {}) for name in names}
-    return {name: own[name] for name in names if name in chosen}
+    own = {name: shared | settings.get(name, {}) | given for name in names}
+    return {name: {key: value for key, value in own[name].items() if key in declared[name]} for name in names if name in chosen}
 
 
 def read_profiles(folder: Path) -> dict[str, dict | None]:

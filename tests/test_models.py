@@ -222,10 +222,10 @@ def test_a_shipped_model_is_the_one_of_its_epoch(tmp_path, monkeypatch):
     for epoch, model in epochs.items():
         loaded = load_model("lenet", epochs=epoch)
         assert model_fingerprint(loaded) == model_fingerprint(model) and not loaded.training
-    with pytest.raises(ModelError, match=r"'lenet' trained for 5 epochs on 'cifar10'.*shipped: \[1, 10\].*train_client"):
+    with pytest.raises(ModelError, match=r"'lenet' trained for 5 epochs on 'cifar10'.*at hand: \[1, 10\].*train_client"):
         load_model("lenet", epochs=5)
 
 
 def test_a_model_that_does_not_ship_is_refused_with_the_remedy():
-    with pytest.raises(ModelError, match="'lenet' trained for 3 epochs on 'mnist'.*shipped: none.*train_client"):
+    with pytest.raises(ModelError, match="'lenet' trained for 3 epochs on 'mnist'.*at hand: none.*train_client"):
         load_model("lenet", "mnist", epochs=3)
