@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gipip
@@ -187,3 +188,44 @@ def _multiplications(function):
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
+
+
+class _Calls(TorchDispatchMode):
+    """Collects which operations run, and on results of how many numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **options or {})
+        self.found += [(str(function), result.numel())] if isinstance(result, torch.Tensor) else []
+        return result
+
+
+def test_the_traced_derivative_fills_no_layer_with_zeros_and_renames_no_weight():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1, 1), nn.Flatten(), nn.Linear(4 * 33 * 33, 10))
+    gradient = client_gradient(network, trainable(network), None, "traced")
+    images, labels = torch.randn(1, 3, 32, 32, requires_grad=True), torch.arange(1)
+    gradient(images, labels)
+    with _Calls() as calls:
+        torch.autograd.grad(sum(g.square().sum() for g in gradient(images, labels)), images)
+    layer = 4 * 32 * 32
+    assert [name for name, size in calls.found if "zeros" in name and size >= layer] == []
+    assert [name for name, _ in calls.found if "alias" in name] == []
+
+
+def test_layers_that_work_in_place_are_traced_as_they_are():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.linear = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4 * 15 * 15, 10)
+
+        def forward(self, x):
+            x = nn.functional.relu_(self.first(x))
+            y = self.second(x)
+            y += x
+            return self.linear(nn.functional.max_pool2d(y.mul_(2).relu_(), 2).flatten(1))
+
+    expected, found = _both(InPlace(), "traced")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

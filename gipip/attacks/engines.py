@@ -70,6 +70,9 @@ class _WrittenOut:
             recorded = make_fx(self.function)(inputs.detach(), labels.detach(), *self.constants)
             for node in recorded.graph.nodes:
                 node.target = _REPLACED.get(node.target, node.target)
+                if node.target is _aten.alias.default:  # what `detach` leaves in a recording: the same tensor
+                    node.replace_all_uses_with(node.args[0])
+                    recorded.graph.erase_node(node)
             recorded.recompile()
             self.recorded[kind] = torch.compile(recorded, dynamic=False) if self.compiled else recorded
         return self.recorded[kind]
@@ -165,9 +168,23 @@ def _batch_norm_backward(output_gradient, inputs, weight, mean, variance, batch_
     return output_gradient * (weight * invstd).view(-1, *[1] * (inputs.ndim - 2)), weight_gradient, bias_gradient
 
 
+# ReLU and max-pooling are linear in pieces: the second argument says which piece, and the derivative by it is zero. Autograd would add up
+# zeros as large as the layer.
+
+
+def _relu_backward(output_gradient, outputs, threshold):
+    return _aten.threshold_backward(output_gradient, outputs.detach(), threshold)
+
+
+def _max_pool_backward(output_gradient, inputs, *options):
+    return _aten.max_pool2d_with_indices_backward(output_gradient, inputs.detach(), *options)
+
+
 _REPLACED = {
     _aten.convolution_backward.default: _convolution_backward,
     _aten.native_batch_norm_backward.default: _batch_norm_backward,
+    _aten.threshold_backward.default: _relu_backward,
+    _aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
 }
 
 for _function in (_InputGradient, _WeightGradient):
