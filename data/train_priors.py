@@ -1,8 +1,8 @@
 """Trains the attacker's priors that ship with gipip: autoencoder-NAME.safetensors and generator-NAME.safetensors on the same images.
 
 `python data/train_priors.py TARGET_FOLDER NAME …`, where NAME is one of AUXILIARY below; a prior that is in the folder already is left.
-Run `gipip data cifar10` first. `fashion` reads the files of Debian's package dataset-fashion-mnist from $FASHION_MNIST, `imagenet` a folder
-of images (layout class/image; shipped: Tiny ImageNet's) from $GIPIP_DATA.
+Run `gipip data cifar10` first. `fashion` reads the files of Debian's package dataset-fashion-mnist from $FASHION_MNIST; `imagenet` and
+`imagenet64` read photographs from $GIPIP_DATA/auxiliary (layout class/image; shipped: 48,600 of Tiny ImageNet's).
 """
 
 import gzip
@@ -40,10 +40,15 @@ def fashion() -> LabeledImages:
     return LabeledImages(nn.functional.pad(grey, [2] * 4).expand(-1, 3, -1, -1).contiguous(), torch.zeros(COUNT, dtype=torch.int64))
 
 
+def photographs() -> LabeledImages:
+    """All images of a folder at 64×64, shuffled so that every beginning holds each class in proportion."""
+    root = Path(os.environ["GIPIP_DATA"]) / "auxiliary"
+    return load_dataset("folder", root=root, size=64, auxiliary_fraction=1.0, tuning_fraction=0.0).auxiliary()
+
+
 def imagenet() -> LabeledImages:
-    """Images of a folder shrunk to 32×32, each class in proportion."""
-    data = load_dataset("folder", root=os.environ["GIPIP_DATA"], size=64, auxiliary_fraction=1.0, tuning_fraction=0.0)
-    chosen = data.auxiliary_pool[stratified(data.auxiliary_pool, "auxiliary:0")[:COUNT]]
+    """The first of them, shrunk to 32×32."""
+    chosen = photographs()[:COUNT]
     small = nn.functional.interpolate(chosen.images, size=32, mode="area")
     return LabeledImages((small * 255).round().to(torch.uint8), chosen.labels, chosen.indices)
 
@@ -59,11 +64,16 @@ def textures() -> LabeledImages:
 
 AUXILIARY = {f"cifar10-{percent}%": (lambda percent=percent: cifar10(percent / 100)) for percent in (0.1, 3.8, 10, 70, 100)}
 AUXILIARY |= {"cifar10-animals": lambda: classes(ANIMALS), "cifar10-vehicles": lambda: classes(VEHICLES)}
-AUXILIARY |= {"fashion": fashion, "imagenet": imagenet, "textures": textures}
+AUXILIARY |= {"fashion": fashion, "imagenet": imagenet, "textures": textures, "imagenet64": photographs, "imagenet64-depth4": photographs}
 VARIANTS = {f"cifar10-width{width}": {"width": width} for width in (6,)} | {f"cifar10-depth{depth}": {"depth": depth} for depth in (2, 4)}
 """Other autoencoders on the 1,900 embedded images."""
 AUXILIARY |= {name: lambda: load_dataset("cifar10").auxiliary() for name in VARIANTS}
-AUTOENCODER_ONLY = ("cifar10-0.1%", "fashion", "imagenet", "textures", *VARIANTS)
+LONG = {"steps": 16_000, "validation_fraction": 0.02, "patience": 160}
+SETTINGS = {("autoencoder", name): settings for name, settings in VARIANTS.items()}
+SETTINGS |= {("autoencoder", "imagenet64"): LONG, ("autoencoder", "imagenet64-depth4"): LONG | {"depth": 4}}
+SETTINGS |= {("generator", "imagenet64"): {"width": 16}}
+"""Where they are not the defaults."""
+AUTOENCODER_ONLY = ("cifar10-0.1%", "fashion", "imagenet", "textures", "imagenet64-depth4", *VARIANTS)
 
 
 def train(folder: Path, name: str) -> None:
@@ -73,7 +83,7 @@ def train(folder: Path, name: str) -> None:
         path = folder / f"{kind}-{name}.safetensors"
         wanted = name not in (AUTOENCODER_ONLY if kind == "generator" else ("cifar10-3.8%", "cifar10-70%"))
         if wanted and not path.exists():
-            prior = training(auxiliary, **VARIANTS.get(name, {}))
+            prior = training(auxiliary, **SETTINGS.get((kind, name), {}))
             prior.provenance |= {"command": f"python data/train_priors.py {name}", "dataset": name, "made": provenance()}
             print(prior.save(path), flush=True)
 

@@ -131,11 +131,11 @@ def with_and_without(condition: str, prior: AnomalyScore, **changes) -> dict[str
     return {"without": InvertingGradients.tuned(condition, **changes), "with": ours}
 
 
-def _equal_tv_arms(prior: AnomalyScore, iterations: int, as_weights: Sequence[float] = AS_WEIGHTS, **settings) -> dict[str, Arm]:
+def _equal_tv_arms(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
     """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without the anomaly score at equal total variation."""
     return {
         "InvertingGradients": Arm(InvertingGradients(iterations=iterations, **settings), (_SMALL_TV,)),
-        EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": as_weights},), after="InvertingGradients"),
+        EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": AS_WEIGHTS},), after="InvertingGradients"),
     }
 
 
@@ -198,8 +198,10 @@ def _gan(prior: AnomalyScore, iterations: int) -> Study:
 def _imagenet64(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
     batches = {("convnet16", 1): 4, ("convnet16", 4): 2, ("convnet16", 8): 2, ("resnet18", 1): 3}
     scenarios = [_tuning(count, dataset=dataset, model=model, batch_size=size) for (model, size), count in batches.items()]
-    arms = _equal_tv_arms(prior, iterations, as_weights=(0.01, 0.05, 0.2, 1.0))
-    arms["GIPIP"] = Arm(GIPIP(prior=prior, iterations=iterations), (_SMALL_TV,), after=EQUAL)
+    weights, scores = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2)}, {"as_weight": (0.05, 0.2, 1.0)}
+    ours = GIPIP(prior=prior, iterations=iterations)
+    arms = {"InvertingGradients": Arm(InvertingGradients(iterations=iterations), (weights,))}
+    arms |= {EQUAL: Arm(ours, (scores,), after="InvertingGradients"), "GIPIP": Arm(ours, (weights,), after=EQUAL)}
     return Study(tuple(itertools.chain(*scenarios)), arms)
 
 
@@ -215,7 +217,7 @@ _STUDIES = {  # how each is built, the iterations of its attacks, and the prior 
     "variants": (_variants, 100, "cifar10"),
     "defenses": (_defenses, 100, "cifar10"),
     "gan": (_gan, 100, "cifar10"),
-    "imagenet64": (_imagenet64, 150, "imagenet64"),
+    "imagenet64": (_imagenet64, 100, "imagenet64"),
     "imagenet64-gan": (_imagenet64_gan, 100, "imagenet64"),
 }
 STUDIES = tuple(_STUDIES)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
 import gipip
@@ -304,6 +305,17 @@ def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(tm
     assert set(made["iterations"].values()) == {2}
     assert {"command": "gipip tune tiny", "priors": {"GIPIP": gipip.load_prior().with_offset(0).fingerprint}}.items() <= made.items()
     assert len(written["studies"]["tiny"]["grid"]) == 2
+
+
+def test_photographs_are_prepared_and_how_many_were_left_out_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path / "cache"))
+    pixels = gipip.load_dataset("cifar10").auxiliary_pool.pixels[:12]
+    for number, image in enumerate(pixels):
+        path = tmp_path / "private" / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(path)
+    text = succeeds("data", "imagenet64", "--private", tmp_path / "private")
+    assert "12 photographs at 64×64; 0 were left out" in text and len(list((tmp_path / "cache").glob("imagenet64-*.safetensors"))) == 1
 
 
 def test_ctrl_c_ends_with_130_and_without_a_traceback(monkeypatch):

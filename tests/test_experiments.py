@@ -23,7 +23,7 @@ import torch
 from gipip import experiments, models
 from gipip.attacks import DLG, GIPIP, GradInversion, InvertingGradients
 from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
-from gipip.errors import BatchSizeError, DataError, ModelError, StoreError, SweepError
+from gipip.errors import BatchSizeError, DamagedFileError, DataError, ModelError, StoreError, SweepError
 from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
 from gipip.federation import FedAvg
 from gipip.files import read_tensors, write_tensors
@@ -407,6 +407,23 @@ def test_a_stored_result_is_loaded_and_not_computed(store, result, monkeypatch):
     store.save(result)
     monkeypatch.setattr(InvertingGradients, "__call__", None)
     assert same(execute(result.run, store), result)
+
+
+def test_shipped_results_are_found_by_their_runs_and_nothing_is_computed(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    ResultStore(tmp_path / "results").save(result)
+    monkeypatch.setattr(experiments, "execute", lambda *_: pytest.fail("computed"))
+    others = [Run("other", LENET.model_copy(update={"seed": seed}), SHORT) for seed in (7, 8)]
+    [found] = experiments.shipped_results([others[0], result.run, others[1]])
+    assert found.run == result.run and torch.equal(found.images, result.images)
+
+
+def test_a_damaged_shipped_result_is_an_error(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    path = ResultStore(tmp_path / "results").path(result.run)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(DamagedFileError, match="no readable safetensors file"):
+        experiments.shipped_results([result.run])
 
 
 def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restores_the_threads(store):

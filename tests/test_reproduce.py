@@ -45,6 +45,13 @@ def test_a_profile_gives_shared_parameters_to_those_that_declare_them_and_own_on
     assert plan("smoke", folder=folder) == {"01_first": {}, "02_second": {}}
 
 
+def test_given_parameters_go_to_every_notebook_that_declares_them_and_win(folder):
+    given = {"iterations": 9, "size": 16}
+    assert plan("cpu", folder=folder, parameters=given) == {"01_first": {"iterations": 9}, "02_second": {"iterations": 9, "size": 16}}
+    with pytest.raises(ProfileError, match="Unknown parameter of any notebook: 'colour'"):
+        plan("cpu", folder=folder, parameters={"colour": "red"})
+
+
 @pytest.mark.parametrize("wanted", ["2", "02", "02_second"])
 def test_a_notebook_is_chosen_by_number_or_name(folder, wanted):
     assert list(plan("smoke", [wanted], folder)) == ["02_second"]
