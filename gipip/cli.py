@@ -1,5 +1,6 @@
 """The `gipip` command."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,13 @@ import gipip
 from gipip import tuning
 from gipip.data import load_images
 from gipip.download import CIFAR10_FILE, cache_folder, download_cifar10
-from gipip.errors import DataError, GipipError
+from gipip.errors import DataError, GipipError, OutOfTime
 from gipip.experiments import provenance
 from gipip.figures import image_grid, save_figure, use_style
 from gipip.files import DATA
 from gipip.reproduce import run
+
+_OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class _Commands(TyperGroup):
@@ -25,6 +28,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except OutOfTime as pause:
+            typer.secho(str(pause), fg="yellow", err=True)
+            raise typer.Exit(_OUT_OF_TIME) from pause
         except (GipipError, OSError) as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from error
@@ -64,19 +70,35 @@ def main(version: Annotated[bool, typer.Option("--version", callback=_print_vers
     """Gradient inversion attacks in federated learning, reproduced and fairly judged."""
 
 
+def _seconds(text: str) -> float:
+    """Of a duration such as 45, 45s, 9m or 2h."""
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())):
+        raise typer.BadParameter(f"{text!r} is no duration. Give seconds, minutes or hours, such as 45s, 9m or 2h.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+Budget = Annotated[
+    float | None,
+    typer.Option(parser=_seconds, metavar="TIME", help="Stop after 45s, 9m or 2h, with exit code 75 if there is more to do."),
+]
+
+
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help="smoke (minutes), cpu (under an hour), paper (hours on a GPU).")],
     only: Annotated[list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")] = [],  # noqa: B006
     in_place: Annotated[bool, typer.Option("--in-place", help="Store the outputs in the notebooks themselves (smoke only).")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the executed copies.", show_default="results/notebooks/PROFILE")] = None,
+    budget: Budget = None,
 ):
     """Run the notebooks and regenerate their figures.
 
-    Every finished attack is kept in the result store: after an interruption the same command goes on where it was. With the address of a
-    dask scheduler in DASK_SCHEDULER_ADDRESS the attacks run on its cluster.
+    Every finished attack is kept in the result store: after an interruption the same command goes on where it was. With --budget, attacks
+    under way pause, what is left is printed, and the exit code is 75: `while gipip reproduce --profile paper --budget 9m; [ $? = 75 ]; do
+    :; done` runs all of it in pieces. DLG's attacks and trainings cannot pause; those begun run to their end. With the address of a dask
+    scheduler in DASK_SCHEDULER_ADDRESS the attacks run on its cluster.
     """
-    finished = run(profile, only, in_place=in_place, output=output, report=lambda line: typer.secho(line, bold=True))
+    finished = run(profile, only, in_place=in_place, output=output, budget=budget, report=lambda line: typer.secho(line, bold=True))
     typer.echo()
     for notebook in finished:
         figures = ", ".join(figure.stem for figure in notebook.figures) or "none"

@@ -46,7 +46,7 @@ class SweepError(GipipError):
 
 
 class OutOfTime(GipipError):
-    """The time given was over before all was done. What was done is kept, and the same call goes on from there."""
+    """The time given was over before all was done. What is done is kept, and the same call goes on from there."""
 
 
 class ProfileError(GipipError):

@@ -391,7 +391,7 @@ def sweep(
         listing = "\n".join(f"- {run.arm} on {run.scenario}: {error!r}" for run, error in failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; the other results are stored in {store.folder}:\n{listing}")
     if left:
-        raise OutOfTime(f"The time is over: {len(results) - left} of {len(results)} runs are finished, {left} are left. The same goes on.")
+        raise OutOfTime(f"The time is over: {len(results) - left} of {len(results)} runs are finished, {left} are left.")
     found = [store.load(run) for run in runs]
     if None in found:
         raise StoreError(f"{found.count(None)} results are not in {store.folder}. The workers must see this folder, under the same path.")

@@ -63,7 +63,7 @@ def time_limit() -> float:
 def require_time(limit: float | None = None) -> None:
     """Raise OutOfTime if the limit, by default the environment's, is over: to be called before long work begins."""
     if time.time() >= (time_limit() if limit is None else limit):
-        raise OutOfTime("The time is over. What is finished is kept; the same command goes on from there.")
+        raise OutOfTime("The time is over.")
 
 
 class _Lines(tqdm.std.tqdm):
