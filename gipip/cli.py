@@ -1,5 +1,6 @@
 """The `gipip` command."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +10,16 @@ import typer
 from typer.core import TyperGroup
 
 import gipip
-from gipip import tuning
+from gipip import travel, tuning
 from gipip.data import load_images
 from gipip.download import CIFAR10_FILE, cache_folder, download_cifar10
-from gipip.errors import DataError, GipipError
+from gipip.errors import DamagedFileError, DataError, GipipError, OutOfTime
 from gipip.experiments import provenance
 from gipip.figures import image_grid, save_figure, use_style
 from gipip.files import DATA
 from gipip.reproduce import run
+
+_OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class _Commands(TyperGroup):
@@ -25,6 +28,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except OutOfTime as pause:
+            typer.secho(str(pause), fg="yellow", err=True)
+            raise typer.Exit(_OUT_OF_TIME) from pause
         except (GipipError, OSError) as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from error
@@ -74,6 +80,19 @@ def _prepared(private: Path | None, auxiliary: Path | None) -> gipip.Prepared:
     return prepared
 
 
+def _seconds(text: str) -> float:
+    """Of a duration such as 45, 45s, 9m or 2h."""
+    if not (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())):
+        raise typer.BadParameter(f"{text!r} is no duration. Give seconds, minutes or hours, such as 45s, 9m or 2h.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+Budget = Annotated[
+    float | None,
+    typer.Option(parser=_seconds, metavar="TIME", help="Stop after 45s, 9m or 2h, with exit code 75 if there is more to do."),
+]
+
+
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help="smoke (minutes), cpu (under an hour), paper (hours on a GPU).")],
@@ -82,15 +101,18 @@ def reproduce(
     output: Annotated[Path | None, typer.Option(help="Folder of the executed copies.", show_default="results/notebooks/PROFILE")] = None,
     private: PrivateOption = None,
     auxiliary: AuxiliaryOption = None,
+    budget: Budget = None,
 ):
     """Run the notebooks and regenerate their figures.
 
-    Every finished attack is kept in the result store: after an interruption the same command goes on where it was. With the address of a
-    dask scheduler in DASK_SCHEDULER_ADDRESS the attacks run on its cluster.
+    Every finished attack is kept in the result store: after an interruption the same command goes on where it was. With --budget, attacks
+    under way pause, what is left is printed, and the exit code is 75: `while gipip reproduce --profile paper --budget 9m; [ $? = 75 ]; do
+    :; done` runs all of it in pieces. DLG's attacks and trainings cannot pause; those begun run to their end. With the address of a dask
+    scheduler in DASK_SCHEDULER_ADDRESS the attacks run on its cluster.
     """
     folders = {"private": private, "auxiliary": auxiliary}
-    parameters = {name: str(folder.resolve()) for name, folder in folders.items() if folder}
-    finished = run(profile, only, in_place=in_place, output=output, parameters=parameters, report=lambda line: typer.secho(line, bold=True))
+    options = {"parameters": {name: str(folder.resolve()) for name, folder in folders.items() if folder}, "budget": budget}
+    finished = run(profile, only, in_place=in_place, output=output, **options, report=lambda line: typer.secho(line, bold=True))
     typer.echo()
     for notebook in finished:
         figures = ", ".join(figure.stem for figure in notebook.figures) or "none"
@@ -99,6 +121,41 @@ def reproduce(
         typer.echo(f"Executed notebooks: {finished[0].copy.parent}")
     for folder in sorted({figure.parent for notebook in finished for figure in notebook.figures}):
         typer.echo(f"Figures: {folder}")
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="New folder for the archives.")],
+    profile: Annotated[str, typer.Option(help="What is to run on the other machine, as for `gipip reproduce`.")],
+    only: Annotated[list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")] = [],  # noqa: B006
+    wheels: Annotated[list[str], typer.Option(help="Package that the other machine lacks, such as lpips; may be repeated.")] = [],  # noqa: B006
+    python: Annotated[str | None, typer.Option(help="The other machine's Python, such as 3.12.", show_default="this one's")] = None,
+    platform: Annotated[list[str], typer.Option(help="The other machine's, such as manylinux_2_28_x86_64; may be repeated.")] = [],  # noqa: B006
+    store: Annotated[Path | None, typer.Option(help="Folder of results and of attacks under way to take along.")] = None,
+    limit: Annotated[float, typer.Option(help="Size of an archive in MiB at most.")] = 60,
+):
+    """Pack what a run needs into archives, for a machine without a network that takes only small uploads."""
+    options = {"wheels": wheels, "python": python, "platforms": platform, "store": store}
+    archives = travel.pack(folder, profile, only, **options, limit=int(limit * 2**20))
+    for archive in archives:
+        typer.echo(f"{archive.stat().st_size / 2**20:6.1f} MiB  {archive}")
+    typer.echo("On the other machine, in a folder of its own with these archives:")
+    typer.echo('  for archive in gipip-*.tar; do tar -xf "$archive"; done')
+    typer.echo("  sh run.sh 9m    # as often as its exit code is 75, after unpacking results.tar if the folder is a new one")
+    typer.echo("Then here, with the file that it wrote:")
+    typer.echo("  gipip collect results.tar")
+
+
+@app.command()
+def collect(
+    sources: Annotated[list[Path], typer.Argument(help="results.tar of another machine, or the folder of its results.", metavar="SOURCE…")],
+    store: Annotated[Path, typer.Option(help="Folder of the results at home.")] = Path("results"),
+):
+    """Bring results and attacks under way home from another machine; nothing damaged is taken, no result overwritten."""
+    found = travel.collect(sources, store)
+    typer.echo(f"{len(found.new)} new, {len(found.known)} known, {len(found.damaged)} damaged: {store}")
+    if found.damaged:
+        raise DamagedFileError(f"Not taken, because they do not match their checksums: {', '.join(found.damaged)}.")
 
 
 @app.command()

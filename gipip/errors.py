@@ -45,5 +45,9 @@ class SweepError(GipipError):
     """Some runs of a sweep failed; the others are stored."""
 
 
+class OutOfTime(GipipError):
+    """The time given was over before all was done. What is done is kept, and the same call goes on from there."""
+
+
 class ProfileError(GipipError):
     """An unknown profile, notebook or notebook parameter."""

@@ -6,11 +6,13 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
 import uuid
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,14 +28,15 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from gipip.attacks import Attack
+from gipip.attacks.checkpoints import Checkpoint
 from gipip.data import Dataset, LabeledImages, load_dataset
 from gipip.defenses import AnyDefense
-from gipip.errors import DamagedFileError, DataError, StoreError, SweepError
+from gipip.errors import DamagedFileError, DataError, OutOfTime, StoreError, SweepError
 from gipip.federation import Client, FedAvg, SharedUpdate
-from gipip.files import DATA, canonical_json, fingerprint, read_tensors, write_tensors
+from gipip.files import DATA, canonical_json, fingerprint, read_metadata, read_tensors, set_aside, write_tensors
 from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
 from gipip.models import ClientModel, build_model, load_model, model_fingerprint
-from gipip.progress import progress, quiet
+from gipip.progress import announce, progress, quiet, require_time, time_limit
 
 
 class Scenario(BaseModel):
@@ -152,7 +155,7 @@ class Result:
 
 
 class ResultStore:
-    """A folder of results, one safetensors file each, written whole or not at all.
+    """A folder of results, one safetensors file each, written whole or not at all; below it, in "unfinished", attacks under way.
 
     A damaged file is reported, set aside as `KEY.damaged-TIME` and computed again. Raises StoreError when the folder cannot be written.
     """
@@ -173,6 +176,10 @@ class ResultStore:
     def path(self, run: Run) -> Path:
         return self.folder / f"{run.key()}.safetensors"
 
+    def checkpoint(self, run: Run, deadline: float = float("inf")) -> Checkpoint:
+        """Where the run is kept while it is unfinished."""
+        return Checkpoint(self.folder / "unfinished" / run.key(), deadline)
+
     def load(self, run: Run) -> Result | None:
         """The stored result of a run, or None if there is none that can be trusted."""
         path = self.path(run)
@@ -181,9 +188,7 @@ class ResultStore:
         except FileNotFoundError:
             return None
         except DamagedFileError as error:
-            aside = path.with_suffix(f".damaged-{time.time_ns()}")
-            path.rename(aside)
-            warnings.warn(f"{error} It is set aside as {aside.name} and the run is computed again.", stacklevel=2)
+            warnings.warn(f"{error} It is set aside as {set_aside(path).name} and the run is computed again.", stacklevel=2)
             return None
 
     def save(self, result: Result) -> None:
@@ -204,18 +209,23 @@ def _read(path: Path, run: Run) -> Result:
     return Result(run, tensors["images"], tensors["truth"], tensors["labels"], history, metrics, details)
 
 
-def execute(run: Run, store: ResultStore | None = None) -> Result:
+def execute(run: Run, store: ResultStore | None = None, *, deadline: float | None = None) -> Result:
     """The result of a run: loaded if the store has it, else computed and stored.
 
-    On the GPU if there is one; on a CPU with one thread, so that a run gives the same images alone and in a sweep.
+    On the GPU if there is one; on a CPU with one thread, so that a run gives the same images alone and in a sweep. With a store, an attack
+    that was paused or killed goes on where it was. Raises OutOfTime when it is not finished at the `deadline`, in seconds since the epoch
+    (default: GIPIP_DEADLINE in the environment, else none); DLG cannot pause and runs to its end.
     """
     if store and (result := store.load(run)):
         return result
+    deadline = time_limit() if deadline is None else deadline
+    require_time(deadline)
+    checkpoint = store.checkpoint(run, deadline) if store else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _alone_on_one_thread():
         model = run.scenario.client_model().to(device)
         truth = run.scenario.batch()
-        reconstruction = run.attack(model, run.scenario.update(model))
+        reconstruction = run.attack(model, run.scenario.update(model), checkpoint=checkpoint)
         if reconstruction.interrupted:  # half a result must not be stored as a whole one
             raise KeyboardInterrupt
         metrics = evaluate(reconstruction, truth, model=model).to_dict(orient="list")
@@ -234,6 +244,7 @@ def execute(run: Run, store: ResultStore | None = None) -> Result:
     result = Result(run, images, truth.images, labels, history, pandas.DataFrame(metrics), details)
     if store:
         store.save(result)
+        checkpoint.remove()
     return result
 
 
@@ -368,7 +379,8 @@ def sweep(
 
     A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused before anything is computed. The run of a
     worker that is lost goes to another; SweepError when for five minutes there is none. A run that fails does not stop the others; at the
-    end SweepError lists the failures.
+    end SweepError lists the failures. When the time that GIPIP_DEADLINE sets is over (seconds since the epoch) no further runs begin,
+    those under way pause, and OutOfTime says how many are left; the same call goes on from there.
     """
     scheduler = scheduler or dask.config.get("scheduler-address", None)
     resources = {name: float(amount) for name, amount in (resources or {}).items()}
@@ -379,13 +391,18 @@ def sweep(
     results = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
     missing = list({run.key(): run for run in runs if results[run.key()] is None}.values())
     missing.sort(key=lambda run: run.attack.iterations * run.scenario.batch_size, reverse=True)  # so no worker idles at the end
-    failures = []
-    if missing:
+    failures = [(run, OutOfTime()) for run in missing]
+    if missing and time.time() < time_limit():
         with _dask_client(workers, scheduler, len(missing)) as client:
+            announce(_expected_time(client, missing, store, resources))
             failures = _execute_all(client, missing, store, resources)
+    left = sum(isinstance(error, OutOfTime) for _, error in failures)
+    failures = [(run, error) for run, error in failures if not isinstance(error, OutOfTime)]
     if failures:
         listing = "\n".join(f"- {run.arm} on {run.scenario}: {error!r}" for run, error in failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; the other results are stored in {store.folder}:\n{listing}")
+    if left:
+        raise OutOfTime(f"The time is over: {len(results) - left} of {len(results)} runs are finished, {left} are left.")
     found = [store.load(run) for run in runs]
     if None in found:
         raise StoreError(f"{found.count(None)} results are not in {store.folder}. The workers must see this folder, under the same path.")
@@ -396,7 +413,8 @@ def _execute_all(
     client: distributed.Client, runs: list[Run], store: ResultStore, resources: dict[str, float]
 ) -> list[tuple[Run, BaseException]]:
     """Run everything on the cluster; gives the runs that failed and their errors."""
-    futures = {client.submit(_work, run, store, key=f"{run.arm}-{uuid.uuid4().hex}", resources=resources): run for run in runs}
+    limit = time_limit()
+    futures = {client.submit(_work, run, store, limit, key=f"{run.arm}-{uuid.uuid4().hex}", resources=resources): run for run in runs}
     failures = []
     for future in progress(_as_finished(client, futures, resources), total=len(futures), description="attacks", unit="run"):
         if future.status == "error":
@@ -449,9 +467,78 @@ def _no_worker(client: distributed.Client, resources: dict[str, float]) -> str:
     )
 
 
-def _work(run: Run, store: ResultStore) -> None:
+def _work(run: Run, store: ResultStore, deadline: float) -> None:
+    require_time(deadline)  # execute() would first look whether the run is stored, which takes a moment for each
     with quiet():  # the sweep shows its own progress
-        execute(run, store)
+        execute(run, store, deadline=deadline)
+
+
+_WORTH_TIMING = 2_000  # iterations of a kind above which a sweep times the first few, if the store holds no result of that kind
+
+
+def _expected_time(client: distributed.Client, runs: Sequence[Run], store: ResultStore, resources: dict[str, float]) -> str:
+    """How many runs there are to compute and how long that will probably take, by the seconds that iterations of their kind took before."""
+    speeds, steps = _speeds(store), defaultdict(int)
+    for run in runs:
+        begun = sum(about["steps"] for about in _metadata(store.folder.glob(f"unfinished/{run.key()}*.safetensors")))
+        steps[_kind(run.config())] += max(0, _steps(run.config()) - begun)
+    if _can_run(client, resources):
+        first = {_kind(run.config()): run for run in reversed(runs)}
+        new = [kind for kind, number in steps.items() if kind not in speeds and number > _WORTH_TIMING]
+        for kind, future in [(kind, client.submit(_seconds_a_step, first[kind], pure=False, resources=resources)) for kind in new]:
+            speeds |= {kind: future.result()} if future.exception() is None else {}
+    workers = sum(worker["nthreads"] for worker in _connected_workers(client))
+    seconds = sum(speeds.get(kind, 0) * number for kind, number in steps.items()) / min(max(workers, 1), len(runs))
+    unknown = sum(_kind(run.config()) not in speeds for run in runs)
+    if unknown == len(runs):
+        return f"attacks: {unknown} to compute, of kinds not timed here before"
+    more = f", and the time of {unknown} of kinds not timed here before" if unknown else ""
+    return f"attacks: {len(runs)} to compute, about {_duration(seconds)} with {workers} workers{more}"
+
+
+def _kind(config: dict) -> tuple:
+    """What the time of an iteration depends on, the machine apart."""
+    return config["attack"]["name"], *(str(config["scenario"][name]) for name in ("dataset", "model", "batch_size", "mode", "fedavg"))
+
+
+def _steps(config: dict) -> int:
+    """Iterations of all restarts and of GIAS's two stages."""
+    attack = config["attack"]
+    return attack["restarts"] * (attack["iterations"] + attack.get("latent_restarts", 0) * attack.get("latent_iterations", 0))
+
+
+def _speeds(store: ResultStore) -> dict[tuple, float]:
+    """The median seconds of an iteration for every kind of run of which the store holds results from this machine."""
+    machine, found = provenance()["machine"], defaultdict(list)
+    for about in _metadata(store.folder.glob("*.safetensors")):
+        if "config" in about and about["made"]["machine"] == machine:
+            found[_kind(about["config"])].append(about["seconds"] / _steps(about["config"]))
+    return {kind: statistics.median(seconds) for kind, seconds in found.items()}
+
+
+def _metadata(paths: Iterable[Path]) -> Iterator[dict]:
+    for path in paths:
+        with contextlib.suppress(DamagedFileError):
+            yield read_metadata(path)
+
+
+def _seconds_a_step(run: Run) -> float:
+    """Measured on iterations 5 to 12; the first four make the engine's recordings."""
+    times = []
+
+    def look(iteration: int, images: Tensor, cost: float) -> None:
+        times.append(time.perf_counter())
+        if iteration == 12:
+            raise StopIteration
+
+    with quiet(), _alone_on_one_thread():
+        model = run.scenario.client_model().to("cuda" if torch.cuda.is_available() else "cpu")
+        run.attack(model, run.scenario.update(model), watch=look, watch_every=4)
+    return (times[2] - times[0]) / 8
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 # An attack asks for the same memory thousands of times. By default dask makes each worker hand it back to the system in between: with that

@@ -18,7 +18,7 @@ from gipip.data import LabeledImages
 from gipip.errors import LabelError, ModelError, UpdateError
 from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
 from gipip.models import ClientModel, check_client_model, model_fingerprint, trainable
-from gipip.progress import progress
+from gipip.progress import progress, require_time
 
 
 class FedAvg(BaseModel):
@@ -202,6 +202,7 @@ def train_federated(
     if path and path.exists():
         model.load_state_dict(read_tensors(path)[0])
         return model.eval()
+    require_time()
     parameters = tuple(trainable(model).values())
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,6 +68,20 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
             Path(file.name).unlink(missing_ok=True)
             raise
     return path
+
+
+def read_metadata(path: Path | str) -> dict:
+    """Metadata alone of a file by `write_tensors`: quick, but not verified. Raises DamagedFileError if it cannot be read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return json.loads(json.loads(file.metadata()["gipip"])["metadata"])
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{path} was not written by gipip, or is damaged ({error}).") from error
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to NAME.damaged-TIME, so that it is neither trusted nor lost; its new path."""
+    return path.rename(path.with_suffix(f".damaged-{time.time_ns()}"))
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:

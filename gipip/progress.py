@@ -1,4 +1,4 @@
-"""Progress of long loops: a live bar for a person who watches, plain lines for a log."""
+"""Progress of long loops: a live bar for a person who watches, plain lines for a log; and the time by which they must stop."""
 
 import contextlib
 import contextvars
@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 
 import tqdm.auto
+
+from gipip.errors import OutOfTime
 
 
 def headless() -> bool:
@@ -45,6 +47,23 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
         label = description and f"{description}: "
         return _Lines(iterable, desc=label, total=total, unit=unit, mininterval=10, miniters=1, delay=1e-9, leave=False)
     return tqdm.auto.tqdm(iterable, desc=description, total=total, unit=unit)
+
+
+def announce(line: str) -> None:
+    """One line on stderr, where progress is shown: outputs on stdout must not differ from machine to machine."""
+    if not _quiet.get():
+        print(line, file=sys.stderr, flush=True)
+
+
+def time_limit() -> float:
+    """When long work must stop, in seconds since the epoch: GIPIP_DEADLINE in the environment, else never."""
+    return float(os.environ.get("GIPIP_DEADLINE") or "inf")
+
+
+def require_time(limit: float | None = None) -> None:
+    """Raise OutOfTime if the limit, by default the environment's, is over: to be called before long work begins."""
+    if time.time() >= (time_limit() if limit is None else limit):
+        raise OutOfTime("The time is over.")
 
 
 class _Lines(tqdm.std.tqdm):

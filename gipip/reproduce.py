@@ -21,11 +21,13 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from gipip.claims import collect_claims, write_readme_section
-from gipip.errors import GipipError, ProfileError
+from gipip.errors import GipipError, OutOfTime, ProfileError
+from gipip.progress import require_time, time_limit
 
 _PACKAGE = Path(__file__).parent
 # Without it ipykernel warns, in every notebook, that its sockets are not encrypted.
 _KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
+_RESERVE = 20  # seconds of a budget: imports before it counts, attacks that end their iteration, workers that end, the last figures
 
 
 class NotebookError(GipipError):
@@ -58,16 +60,21 @@ def run(
     output: Path | str | None = None,
     folder: Path | str | None = None,
     parameters: Mapping[str, str] | None = None,
+    budget: float | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Executed]:
     """Run the notebooks of `folder` in order, each in a kernel of its own whose working directory is that folder.
 
     `only`: numbers ("02") or names ("02_inversion") of those to run; all by default. Executed copies go to `output`, by default
     results/notebooks/PROFILE beside the folder. `in_place` executes the notebooks themselves, unchanged but for their outputs, so that two
-    executions give the same bytes. `parameters` go to every notebook that declares them, whatever the profile says. In the end the claims
-    that notebooks judged are joined in claims.csv. `report` receives a line for each step. Raises `ProfileError` before anything runs for
-    an unknown profile, notebook or parameter, and `NotebookError` at the first notebook that fails.
+    executions give the same bytes. `parameters` go to every notebook that declares them, whatever the profile says. `budget`: seconds after
+    which attacks pause and OutOfTime says what is left; the same call goes on from there. In the end the claims that notebooks judged are
+    joined in claims.csv. `report` receives a line for each step. Raises `ProfileError` before anything runs for an unknown profile,
+    notebook or parameter, and `NotebookError` at the first notebook that fails.
     """
+    if budget is not None and budget <= _RESERVE:
+        raise ProfileError(f"A budget of {budget:g} s is too short: {_RESERVE} s of it go into starting and ending. Give some minutes.")
+    limit = time_limit() if budget is None else time.time() + budget - _RESERVE
     folder = Path(folder or notebooks_folder()).resolve()
     settings = plan(profile, only, folder, parameters)
     if not settings:
@@ -80,7 +87,13 @@ def run(
     for name, values in settings.items():
         report(f"{name}: running, profile {profile}")
         started, clock = time.time_ns(), time.perf_counter()
-        _execute(folder / f"{name}.ipynb", target / f"{name}.ipynb", None if in_place else values)
+        try:
+            require_time(limit)
+            _execute(folder / f"{name}.ipynb", target / f"{name}.ipynb", None if in_place else values, limit)
+        except OutOfTime as pause:
+            done, left = list(settings)[: len(finished)], list(settings)[len(finished) :]
+            summary = f"Notebooks done: {', '.join(done) or 'none'}; left: {', '.join(left)}. The same command goes on from here."
+            raise OutOfTime(f"{name} is not finished. {pause}\n{summary}") from pause
         figures = [path for path in sorted((folder.parent / "figures").rglob("*.png")) if path.stat().st_mtime_ns >= started]
         finished.append(Executed(name, target / f"{name}.ipynb", time.perf_counter() - clock, tuple(figures)))
         report(f"{name}: done in {finished[-1].seconds:.0f} s")
@@ -148,9 +161,10 @@ def _named(wanted: str, names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """What kernels inherit: plain progress lines, and no JUPYTER_PATH, which would outrank this environment's own kernel."""
+def _environment(limit: float) -> Iterator[None]:
+    """What kernels inherit: plain progress lines, the time limit, and no JUPYTER_PATH, which would outrank this environment's kernel."""
     before = dict(os.environ)
+    os.environ["GIPIP_DEADLINE"] = str(limit)
     os.environ["GIPIP_HEADLESS"] = "1"
     os.environ.pop("JUPYTER_PATH", None)
     try:
@@ -160,16 +174,23 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _execute(source: Path, target: Path, parameters: dict | None) -> None:
-    """Execute as NAME.failed.ipynb and rename once every cell is known to have run; `parameters` None means in place."""
+def _execute(source: Path, target: Path, parameters: dict | None, limit: float) -> None:
+    """Execute as NAME.failed.ipynb and rename once every cell is known to have run; `parameters` None means in place.
+
+    Raises OutOfTime, and leaves no copy, when a cell had to stop at the `limit`.
+    """
     draft = target.with_suffix(".failed.ipynb")
     problem = None
     try:
-        with _environment():
+        with _environment(limit):
             _normalised(source, draft) if parameters is None else _with_parameters(source, draft, parameters)
     except (PapermillExecutionError, CellExecutionError, DeadKernelError) as error:
         problem = f"{error}."
-    problem = unfinished(nbformat.read(draft, as_version=4)) or problem
+    notebook = nbformat.read(draft, as_version=4)
+    if pause := _out_of_time(notebook):
+        draft.unlink()
+        raise OutOfTime(pause)
+    problem = unfinished(notebook) or problem
     if problem:
         raise NotebookError(f"{source.stem} failed: {problem} The notebook as far as it ran: {draft}")
     os.replace(draft, target)
@@ -201,6 +222,12 @@ def _normalised(source: Path, target: Path) -> None:
         notebook.metadata["language_info"] = {"name": "python"}
         notebook.metadata.pop("widgets", None)
         nbformat.write(notebook, target)
+
+
+def _out_of_time(notebook: nbformat.NotebookNode) -> str | None:
+    """The message of the cell that raised OutOfTime, if one did."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return next((output.evalue for output in outputs if output.output_type == "error" and output.ename == OutOfTime.__name__), None)
 
 
 def unfinished(notebook: nbformat.NotebookNode) -> str | None:

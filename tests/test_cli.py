@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import gipip
 from gipip import cli, experiments, tuning
+from gipip.errors import OutOfTime
 from gipip.files import write_tensors
 from gipip.priors import Generator
 
@@ -97,6 +98,23 @@ def test_the_version_is_the_packages():
 )
 def test_a_mistake_is_answered_in_one_line(arguments, message):
     assert message in fails(*arguments)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("45s", 45), ("9m", 540), ("1.5h", 5400)])
+def test_a_budget_is_in_seconds_minutes_or_hours_and_a_pause_ends_with_75(text, seconds, monkeypatch):
+    def run(profile, only, *, budget, **options):
+        assert budget == seconds
+        raise OutOfTime("02_inversion is not finished.")
+
+    monkeypatch.setattr(cli, "run", run)
+    result = gipip_command("reproduce", "--profile", "paper", "--budget", text)
+    assert (result.exit_code, result.stderr) == (75, "02_inversion is not finished.\n")
+
+
+@pytest.mark.parametrize("text", ["soon", "9 minutes", "-5", "m", "1e3", ""])
+def test_a_budget_that_is_no_duration_is_answered_with_examples(text):
+    result = gipip_command("reproduce", "--profile", "paper", f"--budget={text}")
+    assert result.exit_code == 2 and "is no duration" in result.stderr and "9m or 2h" in result.stderr
 
 
 def test_a_parameter_that_the_notebook_does_not_declare_is_answered_in_one_line(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from gipip.errors import ProfileError
+from gipip.errors import OutOfTime, ProfileError
 from gipip.reproduce import NotebookError, notebooks_folder, plan, run
 
 PARAMETERS = "iterations = 1\nname = 'smoke'"
@@ -164,6 +164,37 @@ def test_kernels_are_headless_and_ignore_a_foreign_jupyter_path(folder, monkeypa
     write(folder, "01_first", f"import os\nprint({shown})")
     (result,) = run("smoke", ["01"], folder=folder)
     assert printed(result.copy) == "1 None notebooks\n"
+
+
+LIMITED = """import os, time
+class OutOfTime(Exception): "gipip.errors.OutOfTime takes seconds to import"
+if time.time() < float(os.environ['GIPIP_DEADLINE']) - 3600 * {hours}:
+    print('time enough')
+else:
+    raise OutOfTime('2 of 3 runs are finished, 1 are left.')"""
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_notebook_that_is_out_of_time_is_left_for_the_next_time_and_not_a_failed_one(folder, in_place):
+    write(folder, "02_second", LIMITED.format(hours=2), parameters=PARAMETERS + "\nsize = 32")
+    out, reports = folder.parent / "out", []
+    options = {"folder": folder, "in_place": in_place, "output": out, "report": reports.append}
+    message = r"02_second is not finished\. 2 of 3 runs are finished, 1 are left\.\nNotebooks done: 01_first; left: 02_second\."
+    with pytest.raises(OutOfTime, match=message):
+        run("smoke", budget=3600, **options)
+    assert not list(folder.parent.rglob("*.failed.ipynb")) and "01_first: done" in reports[1]
+    assert [result.name for result in run("smoke", budget=3 * 3600, **options)] == ["01_first", "02_second"]
+
+
+def test_no_notebook_begins_when_the_time_is_over(folder, monkeypatch):
+    monkeypatch.setenv("GIPIP_DEADLINE", "0")
+    with pytest.raises(OutOfTime, match="Notebooks done: none; left: 01_first, 02_second"):
+        run("smoke", folder=folder)
+
+
+def test_a_budget_that_leaves_no_time_is_refused(folder):
+    with pytest.raises(ProfileError, match="A budget of 20 s is too short"):
+        run("smoke", folder=folder, budget=20)
 
 
 PLACES = {"smoke": "../figures/smoke", "cpu": "../figures", "paper": "../figures/paper"}

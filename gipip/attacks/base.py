@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 from torch.func import vmap
 
+from gipip.attacks.checkpoints import Checkpoint
 from gipip.attacks.engines import ClientGradient, Engine, choose_engine, client_gradient, in_chunks
 from gipip.attacks.labels import infer_labels
 from gipip.attacks.objectives import norm
@@ -187,6 +188,7 @@ class Attack(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     replayable: ClassVar[bool] = True  # every step does the same work, so that a GPU can replay a captured one
+    pausable: ClassVar[bool] = True  # the optimiser's state is a dict of tensors, which a checkpoint can keep
     stackable: ClassVar[bool] = True  # several attempts can be optimised in one tensor, with `terms` mapped over them
 
     iterations: PositiveInt = 300
@@ -251,17 +253,19 @@ class Attack(BaseModel):
         together: int | None = None,
         watch: Callable[[int, Tensor, float], None] | None = None,
         watch_every: int = 25,
+        checkpoint: Checkpoint | None = None,
     ) -> Reconstruction:
         """Reconstruct the images behind `update`, which a client with `model` shared.
 
         `engine`: how the gradient is computed (see `gipip.attacks.engines`), by default the fastest that pays; they differ by rounding
         only. `chunk_size`: take the candidates' gradient from so many images at a time, for less memory. `together`: see `many`.
         `watch(iteration, images, cost)` is called every `watch_every` iterations with the candidate in [0, 1]; it may raise StopIteration
-        to end the attack there. Ctrl-C ends it too; either way what there is comes back. Raises ModelError, UpdateError, LabelError,
-        BatchSizeError or EngineError before the first iteration.
+        to end the attack there. Ctrl-C ends it too; either way what there is comes back. `checkpoint`: a file from which an attack that did
+        not end goes on; OutOfTime when it pauses there. Raises ModelError, UpdateError, LabelError, BatchSizeError or EngineError before
+        the first iteration.
         """
         options = {"engine": engine, "chunk_size": chunk_size, "together": together, "watch": watch, "watch_every": watch_every}
-        return self.many(model, [update], **options)[0]
+        return self.many(model, [update], checkpoint=checkpoint, **options)[0]
 
     def many(
         self,
@@ -271,13 +275,14 @@ class Attack(BaseModel):
         together: int | None = None,
         engine: str = "auto",
         chunk_size: int | None = None,
+        checkpoint: Checkpoint | None = None,
         **options,
     ) -> list[Reconstruction]:
         """A reconstruction for each of several updates that clients with the same model shared; options as for one.
 
         `together`: how many attempts (updates and restarts) to compute at once; by default 8 for a network so small that this pays on a
-        CPU, else 1. It needs BatchNorm in eval mode and an engine other than "eager". `seconds` is the time of all. What the user stops
-        ends all of them; those not begun are left out.
+        CPU, else 1. It needs BatchNorm in eval mode and an engine other than "eager". `seconds` is the time of all, before a pause
+        and after it. What the user stops ends all of them; those not begun are left out.
         """
         if not updates:
             return []
@@ -288,9 +293,10 @@ class Attack(BaseModel):
         elif together != 1:
             _check_together(together, views[0], chunk_size)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # gradients are matched to float32's precision
-            attempts = self._search(views, together, **options)
+            attempts = self._search(views, together, checkpoint=checkpoint if self.pausable else None, **options)
+        seconds = time.perf_counter() - started + (sum(checkpoint.earlier) if checkpoint else 0)
         of_each = [[attempt for attempt in attempts if attempt.view is view] for view in views]
-        return [self._reconstruction(own, time.perf_counter() - started) for own in of_each if own]
+        return [self._reconstruction(own, seconds) for own in of_each if own]
 
     def _reconstruction(self, attempts: list[_Attempt], seconds: float) -> Reconstruction:
         """The best attempt's."""
@@ -341,7 +347,7 @@ class Attack(BaseModel):
             views.append(View(model.network, gradients, engine, model.normalize, update, shape, classes, labels, torch.Generator()))
         return views
 
-    def _search(self, views: list[View], together: int, watch=None, watch_every: int = 25) -> list[_Attempt]:
+    def _search(self, views: list[View], together: int, watch=None, watch_every: int = 25, checkpoint=None) -> list[_Attempt]:
         """Every restart on every update, so many at once."""
         lanes = [(view, restart) for view in views for restart in range(self.restarts)]
         size = together if self.stackable else 1
@@ -349,19 +355,24 @@ class Attack(BaseModel):
         for first in range(0, len(lanes), size):
             some = lanes[first : first + size]
             upto = f"–{first + len(some)}" if len(some) > 1 else ""
-            attempts += self._attempt(some, watch, watch_every, f"{type(self).__name__} {first + 1}{upto}/{len(lanes)}")
+            description = f"{type(self).__name__} {first + 1}{upto}/{len(lanes)}"
+            attempts += self._attempt(some, watch, watch_every, description, checkpoint and checkpoint.part(first))
             if attempts[-1].stopped:
                 break
         return attempts
 
-    def _attempt(self, lanes: Sequence[tuple[View, int]], watch, watch_every: int, description: str) -> list[_Attempt]:
-        """The whole optimisation from the start of each lane: a view and the number of a restart."""
+    def _attempt(
+        self, lanes: Sequence[tuple[View, int]], watch, watch_every: int, description: str, checkpoint: Checkpoint | None
+    ) -> list[_Attempt]:
+        """The whole optimisation from the start of each lane: a view and the number of a restart; or from where the checkpoint has it."""
         views, starts = [view for view, _ in lanes], []
         for view, restart in lanes:
             view.generator.manual_seed(self.seed + restart)
             starts.append(self.variables(view))
         state = _Lanes.start(views, starts)
         optimizer, schedule = self.optimizer(state.variables)
+        if checkpoint:
+            checkpoint.restore(state, optimizer, schedule)
         if len(lanes) > 1:
             views[0].gradients.record(torch.zeros(views[0].shape).to(views[0].like), views[0].labels)  # it cannot be while mapped
         step = functools.partial(self._step, state, optimizer)
@@ -369,12 +380,14 @@ class Attack(BaseModel):
             step = Replay(step)
         note = ""
         try:
-            for iteration in progress(range(self.iterations), description=description):
+            for iteration in progress(range(len(state.history), self.iterations), description=description):
+                if iteration % _CHECK_EVERY == 1 and not torch.isfinite(_costs(state.history[-1])).any():
+                    break
+                if checkpoint:
+                    checkpoint.visit()
                 state.history.append(step())
                 if schedule:
                     schedule.step()
-                if iteration % _CHECK_EVERY == 0 and not torch.isfinite(_costs(state.history[-1])).any():
-                    break
                 if watch and (iteration + 1) % watch_every == 0:
                     costs = _costs(state.history[-1])
                     best = int(costs.nan_to_num(float("inf")).argmin())
@@ -382,6 +395,8 @@ class Attack(BaseModel):
                     watch(iteration + 1, images.float().cpu(), costs[best].item())
         except (KeyboardInterrupt, StopIteration):
             note = f"stopped by the user after {len(state.history)} of {self.iterations} iterations"
+        if checkpoint and not note:
+            checkpoint.keep()
         state.history.append(self._evaluate(state))
         return state.attempts(note)
 

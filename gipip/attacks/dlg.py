@@ -19,6 +19,7 @@ class DLG(Attack):
     """
 
     replayable = False  # L-BFGS decides on the values it sees
+    pausable = False  # nor is its state a dict of tensors: under a deadline it runs to its end
     stackable = False
 
     learning_rate: PositiveFloat = 1.0

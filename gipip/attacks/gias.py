@@ -65,16 +65,16 @@ class GIAS(LatentSearch):
     latent_learning_rate: PositiveFloat = 0.1
     learning_rate: PositiveFloat = 1e-3
 
-    def _attempt(self, lanes, watch, watch_every: int, description: str):
+    def _attempt(self, lanes, watch, watch_every: int, description: str, checkpoint):
         """Both stages; only the first one's attempt if the user stopped it there."""
         [(view, restart)] = lanes
         search = self._latent_search(restart)
-        attempts = search._search([view], 1, watch, watch_every)
+        attempts = search._search([view], 1, watch, watch_every, checkpoint)
         best = min(attempts, key=lambda attempt: search._choose(attempt)[1])
         if attempts[-1].stopped:
             return [dataclasses.replace(best, stopped=True, notes=attempts[-1].notes)]
         view.start = search._choose(best)[0]
-        return super()._attempt(lanes, watch, watch_every, description)
+        return super()._attempt(lanes, watch, watch_every, description, checkpoint)
 
     def _latent_search(self, restart: int) -> LatentSearch:
         """The first stage; each of this attack's restarts has seeds of its own."""

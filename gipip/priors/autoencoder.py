@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gipip.data import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError
 from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
-from gipip.progress import progress
+from gipip.progress import progress, require_time
 
 _EVALUATE_EVERY = 100
 
@@ -123,6 +123,7 @@ def train_autoencoder(
     path = Path(store) / "priors" / f"{fingerprint({}, canonical_json(provenance))[:24]}.safetensors" if store else None
     if path and path.exists():
         return AnomalyScore.load(path)
+    require_time()
     _check_images(auxiliary, depth)
     generator = torch.Generator().manual_seed(seed)
     training, validation = _split(auxiliary, validation_fraction, generator)

@@ -16,7 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from gipip.data import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError
 from gipip.files import DATA, canonical_json, fingerprint, read_tensors, shipped, write_tensors
-from gipip.progress import progress
+from gipip.progress import progress, require_time
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -132,6 +132,7 @@ def train_generator(
     path = Path(store) / "priors" / f"{fingerprint({}, canonical_json(provenance))[:24]}.safetensors" if store else None
     if path and path.exists():
         return GenerativePrior.load(path)
+    require_time()
     image_size = auxiliary.pixels.shape[-1]
     if len(auxiliary) < 2 or auxiliary.pixels.shape[-2] != image_size:
         found = f"{len(auxiliary)} of {auxiliary.pixels.shape[-2]}×{image_size} pixels"
