@@ -196,13 +196,22 @@ def _gan(prior: AnomalyScore, iterations: int) -> Study:
 
 
 def _imagenet64(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
-    batches = {("convnet16", 1): 4, ("convnet16", 4): 2, ("convnet16", 8): 2, ("resnet18", 1): 3}
-    scenarios = [_tuning(count, dataset=dataset, model=model, batch_size=size) for (model, size), count in batches.items()]
-    weights, scores = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2)}, {"as_weight": (0.05, 0.2, 1.0)}
-    ours = GIPIP(prior=prior, iterations=iterations)
-    arms = {"InvertingGradients": Arm(InvertingGradients(iterations=iterations), (weights,))}
-    arms |= {EQUAL: Arm(ours, (scores,), after="InvertingGradients"), "GIPIP": Arm(ours, (weights,), after=EQUAL)}
-    return Study(tuple(itertools.chain(*scenarios)), arms)
+    batches = [_tuning(count, dataset=dataset, model="convnet16", batch_size=size) for size, count in {1: 4, 4: 2, 8: 2}.items()]
+    return Study(tuple(itertools.chain(*batches)), _three_arms(prior, iterations, tv_weights=(1e-3, 3e-3, 1e-2, 3e-2)))
+
+
+def _imagenet64_resnet18(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
+    return Study(_tuning(2, dataset=dataset, model="resnet18"), _three_arms(prior, iterations, tv_weights=(3e-3, 1e-2, 3e-2)))
+
+
+def _three_arms(prior: AnomalyScore, iterations: int, tv_weights: Sequence[float]) -> dict[str, Arm]:
+    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV, then λ_TV for GIPIP at that λ_AS."""
+    weights, ours = {"tv_weight": tv_weights}, GIPIP(prior=prior, iterations=iterations)
+    return {
+        "InvertingGradients": Arm(InvertingGradients(iterations=iterations), (weights,)),
+        EQUAL: Arm(ours, ({"as_weight": (0.05, 0.2, 1.0)},), after="InvertingGradients"),
+        "GIPIP": Arm(ours, (weights,), after=EQUAL),
+    }
 
 
 def _imagenet64_gan(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
@@ -218,6 +227,7 @@ _STUDIES = {  # how each is built, the iterations of its attacks, and the prior 
     "defenses": (_defenses, 100, "cifar10"),
     "gan": (_gan, 100, "cifar10"),
     "imagenet64": (_imagenet64, 100, "imagenet64"),
+    "imagenet64-resnet18": (_imagenet64_resnet18, 300, "imagenet64"),
     "imagenet64-gan": (_imagenet64_gan, 100, "imagenet64"),
 }
 STUDIES = tuple(_STUDIES)
@@ -225,8 +235,9 @@ STUDIES = tuple(_STUDIES)
 
 def study(name: str, prior: AnomalyScore | None = None, iterations: int | None = None, **options) -> Study:
     """A study whose results ship: "main" (Inverting Gradients and GIPIP in 02), "conditions" (batch sizes and trained clients in 03),
-    "variants" (of the anomaly score, 03), "defenses" (05), "gan" (GIAS and its opponents in 04), "imagenet64" and "imagenet64-gan" (06),
-    which take the name of a `dataset` that `gipip.prepare_imagenet` gave: the embedded photographs are too few to tune batches on.
+    "variants" (of the anomaly score, 03), "defenses" (05), "gan" (GIAS and its opponents in 04), "imagenet64", "imagenet64-resnet18"
+    and "imagenet64-gan" (06). These three take the name of a `dataset` that `gipip.prepare_imagenet` gave: the embedded photographs are
+    too few to tune batches on.
 
     `prior`: by default the one that ships. Raises DataError for another name.
     """
