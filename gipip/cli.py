@@ -128,6 +128,8 @@ def pack(
     folder: Annotated[Path, typer.Argument(help="New folder for the archives.")],
     profile: Annotated[str, typer.Option(help="What is to run on the other machine, as for `gipip reproduce`.")],
     only: Annotated[list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")] = [],  # noqa: B006
+    private: PrivateOption = None,
+    auxiliary: AuxiliaryOption = None,
     wheels: Annotated[list[str], typer.Option(help="Package that the other machine lacks, such as lpips; may be repeated.")] = [],  # noqa: B006
     python: Annotated[str | None, typer.Option(help="The other machine's Python, such as 3.12.", show_default="this one's")] = None,
     platform: Annotated[list[str], typer.Option(help="The other machine's, such as manylinux_2_28_x86_64; may be repeated.")] = [],  # noqa: B006
@@ -135,7 +137,8 @@ def pack(
     limit: Annotated[float, typer.Option(help="Size of an archive in MiB at most.")] = 60,
 ):
     """Pack what a run needs into archives, for a machine without a network that takes only small uploads."""
-    options = {"wheels": wheels, "python": python, "platforms": platform, "store": store}
+    photographs = _prepared(private, auxiliary).dataset if private else None
+    options = {"photographs": photographs, "wheels": wheels, "python": python, "platforms": platform, "store": store}
     archives = travel.pack(folder, profile, only, **options, limit=int(limit * 2**20))
     for archive in archives:
         typer.echo(f"{archive.stat().st_size / 2**20:6.1f} MiB  {archive}")

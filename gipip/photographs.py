@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import imagehash
 import numpy
 import torch
 from jaxtyping import Bool, UInt8, UInt64
@@ -85,6 +84,8 @@ def perceptual_hashes(photographs: Photographs) -> UInt64[numpy.ndarray, "images
 
 
 def _perceptual_hash(path: Path) -> int:
+    import imagehash  # here, because machines that only attack do without it
+
     image = _upright(path)
     square = functional.center_crop(image, min(image.size))
     return int(str(imagehash.phash(square)), base=16)

@@ -56,6 +56,7 @@ def pack(
     profile: str,
     only: Iterable[str] = (),
     *,
+    photographs: str | None = None,
     wheels: Sequence[str] = (),
     python: str | None = None,
     platforms: Sequence[str] = (),
@@ -64,10 +65,10 @@ def pack(
 ) -> list[Path]:
     """Write archives of at most `limit` bytes into a new folder: unpacked in one place, `sh run.sh` runs the notebooks `only` there.
 
-    They hold the code, data and notebooks of this checkout, ImageNet images prepared in the cache folder, what is in the `store`, and
-    `wheels`: packages, by name, that the other machine lacks, for its `python` ("3.12") and `platforms` ("manylinux_2_28_x86_64"), by
-    default this machine's. Raises ProfileError for an unknown profile or notebook, DataError for a folder with files in it, a wheel that
-    cannot be had, or a limit below 1 MiB.
+    They hold the code, data and notebooks of this checkout, trained clients in the cache folder, private `photographs` (a data set of
+    `gipip.prepare_imagenet`, by its name), what is in the `store`, and `wheels`: packages, by name, that the other machine lacks, for its
+    `python` ("3.12") and `platforms` ("manylinux_2_28_x86_64"), by default this machine's. Raises ProfileError for an unknown profile or
+    notebook, DataError for a folder with files in it, a wheel that cannot be had, or a limit below 1 MiB.
     """
     folder, only = Path(folder), list(only)
     plan(profile, only)
@@ -76,11 +77,13 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise DataError(f"{folder} is not empty. Give a new folder, so that no archive of another time is uploaded.")
-    options = shlex.join(["--profile", profile, *(word for name in only for word in ("--only", name))])
+    options = ["--profile", profile, *(word for name in only for word in ("--only", name))]
+    options += ["--private", f"cache/{photographs}.safetensors"] if photographs else []
+    cached = [*cache_folder().glob("client-*.safetensors"), *([cache_folder() / f"{photographs}.safetensors"] if photographs else [])]
     with tempfile.TemporaryDirectory() as scratch:
         script = Path(scratch) / "run.sh"
-        script.write_text(_SCRIPT.format(options=options))
-        files = {"run.sh": script, **_code(), **{f"cache/{path.name}": path for path in cache_folder().glob("imagenet64-*.safetensors")}}
+        script.write_text(_SCRIPT.format(options=shlex.join(options)))
+        files = {"run.sh": script, **_code(), **{f"cache/{path.name}": path for path in cached}}
         files |= {f"wheels/{path.name}": path for path in _download(wheels, python, platforms, Path(scratch) / "wheels")}
         files |= {f"results/{place}": path for place, path in _stored(Path(store)).items()} if store else {}
         return _write(folder, files, limit)

@@ -13,7 +13,7 @@ from gipip.reproduce import notebooks_folder, plan, read_profiles, unfinished
 
 FOLDER = notebooks_folder()
 NOTEBOOKS = [path for path in sorted(FOLDER.glob("*.ipynb")) if not path.stem.endswith(".failed")]
-CODE_LINES = 105
+CODE_LINES = 115
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|usr|var)/|[A-Z]:\\\\?Users|site-packages")
 
 
