@@ -105,7 +105,7 @@ def test_wheels_are_for_the_other_machine(tmp_path, monkeypatch):
     options = {"python": "3.12", "platforms": ["manylinux2014_x86_64", "manylinux_2_28_x86_64"]}
     archives = pack(tmp_path / "packed", "smoke", wheels=["lpips"], **options)
     assert " ".join(asked[:9]).startswith("download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64")
-    assert any("wheels/lpips-1-py3-none-any.whl" in tarfile.open(archive).getnames() for archive in archives)
+    assert (unpack(archives, tmp_path / "there") / "wheels" / "lpips-1-py3-none-any.whl").exists()
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path, monkeypatch):
@@ -162,10 +162,10 @@ def suspicious(name="results/link", **about):
 @pytest.mark.parametrize(
     "member",
     [
-        suspicious("../evil.safetensors"), suspicious("/tmp/evil.safetensors"), suspicious("results/../../evil.safetensors"),
-        suspicious(type=tarfile.SYMTYPE, linkname="/etc"), suspicious(type=tarfile.LNKTYPE, linkname="run.sh"), suspicious(type=tarfile.FIFOTYPE),
+        *(suspicious(name) for name in ("../evil.safetensors", "/tmp/evil.safetensors", "results/../../evil.safetensors")),
+        *(suspicious(type=kind, linkname="/etc") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
     ],
-)  # fmt: skip
+)
 def test_an_archive_with_links_or_paths_that_lead_out_of_it_is_refused_as_a_whole(member, tmp_path):
     fill(tmp_path / "results", f"{KEYS[0]}.safetensors")
     with tarfile.open(tmp_path / "results.tar", "w") as archive:
