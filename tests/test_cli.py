@@ -68,7 +68,9 @@ def generator(tmp_path):
     return gipip.GenerativePrior(Generator(width=2, latent_size=4)).save(tmp_path / "generator.safetensors")
 
 
-@pytest.mark.parametrize("command", [(), ("reproduce",), ("attack",), ("data",), ("train-prior",), ("train-generator",), ("tune",), ("pack",), ("collect",)])
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in ("reproduce", "attack", "data", "train-prior", "train-generator", "tune", "pack", "collect"))]
+)
 def test_every_command_has_a_help_text_and_helps_with_each_option(command):
     text = succeeds(*command, "--help")
     assert "Usage" in text
