@@ -20,6 +20,7 @@ import distributed
 
 import gipip
 from gipip import experiments
+from gipip.cluster import open_cluster
 
 TARGET = 0.9
 RESULT = Path(__file__).parent / "results" / "scale_out.json"
@@ -34,7 +35,7 @@ def measure(workers: int, runs: list[gipip.Run]) -> dict[str, float]:
     """Seconds that the cluster's start and the runs take with so many workers, and seconds of all runs within their workers."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        with experiments._dask_client(workers, scheduler=None, runs=len(runs)) as client:
+        with open_cluster(workers, scheduler=None, runs=len(runs)) as client:
             warm_up(client, runs[0])
             ready = time.perf_counter()
             results = gipip.sweep(runs, store=folder, scheduler=client.scheduler.address)
@@ -46,7 +47,7 @@ def warm_up(client: distributed.Client, run: gipip.Run) -> None:
     """One iteration, without a store, on every worker at once."""
     short = gipip.Run(run.arm, run.scenario, run.attack.model_copy(update={"iterations": 1}))
     addresses = client.scheduler_info()["workers"]
-    client.gather([client.submit(experiments._work, short, None, workers=[address], pure=False) for address in addresses])
+    client.gather([client.submit(experiments._work, short, None, float("inf"), workers=[address], pure=False) for address in addresses])
 
 
 def main() -> None:

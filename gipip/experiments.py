@@ -4,15 +4,12 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import platform
-import statistics
 import tempfile
 import threading
 import time
 import uuid
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,11 +26,13 @@ from torch import Tensor
 
 from gipip.attacks import Attack
 from gipip.attacks.checkpoints import Checkpoint
+from gipip.cluster import as_finished, can_run, connected_workers, open_cluster
 from gipip.data import Dataset, LabeledImages, load_dataset
 from gipip.defenses import AnyDefense
 from gipip.errors import DamagedFileError, DataError, OutOfTime, StoreError, SweepError
 from gipip.federation import Client, FedAvg, SharedUpdate
-from gipip.files import DATA, canonical_json, fingerprint, read_metadata, read_tensors, set_aside, write_tensors
+from gipip.files import DATA, canonical_json, fingerprint, read_tensors, set_aside, write_tensors
+from gipip.forecast import expected_time
 from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
 from gipip.models import ClientModel, build_model, load_model, model_fingerprint
 from gipip.progress import announce, progress, quiet, require_time, time_limit
@@ -393,8 +392,8 @@ def sweep(
     missing.sort(key=lambda run: run.attack.iterations * run.scenario.batch_size, reverse=True)  # so no worker idles at the end
     failures = [(run, OutOfTime()) for run in missing]
     if missing and time.time() < time_limit():
-        with _dask_client(workers, scheduler, len(missing)) as client:
-            announce(_expected_time(client, missing, store, resources))
+        with open_cluster(workers, scheduler, len(missing)) as client:
+            announce(_forecast(client, missing, store, resources))
             failures = _execute_all(client, missing, store, resources)
     left = sum(isinstance(error, OutOfTime) for _, error in failures)
     failures = [(run, error) for run, error in failures if not isinstance(error, OutOfTime)]
@@ -416,7 +415,7 @@ def _execute_all(
     limit = time_limit()
     futures = {client.submit(_work, run, store, limit, key=f"{run.arm}-{uuid.uuid4().hex}", resources=resources): run for run in runs}
     failures = []
-    for future in progress(_as_finished(client, futures, resources), total=len(futures), description="attacks", unit="run"):
+    for future in progress(as_finished(client, futures, resources), total=len(futures), description="attacks", unit="run"):
         if future.status == "error":
             failures.append((futures[future], future.exception()))
         elif future.status == "cancelled":
@@ -425,101 +424,24 @@ def _execute_all(
     return failures
 
 
-_PATIENCE = 300  # seconds without a worker after which a sweep fails, rather than wait for ever
-
-
-def _as_finished(client: distributed.Client, futures: Iterable, resources: dict[str, float]) -> Iterator[distributed.Future]:
-    """The futures as they finish. Raises SweepError when no worker that can run them is connected for too long."""
-    if not _can_run(client, resources):
-        warnings.warn(f"{_no_worker(client, resources)} Waiting for one.", stacklevel=2)
-    finished = distributed.as_completed(futures)
-    seen = looked = time.monotonic()
-    while not finished.is_empty():
-        yield from finished.next_batch(block=False)
-        time.sleep(0.1)
-        if (now := time.monotonic()) - looked > _PATIENCE / 20:
-            looked = now
-            if _can_run(client, resources):
-                seen = now
-            elif now - seen > _PATIENCE:
-                left = f"Gave up after {_PATIENCE} seconds; runs not done: {finished.count()}. The other results are stored."
-                raise SweepError(f"{_no_worker(client, resources)} {left}")
-
-
-def _connected_workers(client: distributed.Client) -> list[dict]:
-    return list(client.sync(client.scheduler.identity)["workers"].values())
-
-
-def _can_run(client: distributed.Client, resources: dict[str, float]) -> bool:
-    """Whether a worker is connected that has all these resources."""
-    return any(
-        all(worker["resources"].get(name, 0) >= amount for name, amount in resources.items()) for worker in _connected_workers(client)
-    )
-
-
-def _no_worker(client: distributed.Client, resources: dict[str, float]) -> str:
-    tag = " ".join(f"{name}={amount:g}" for name, amount in resources.items())
-    offering, option = (f" that offers {tag}", f' --resources "{tag}"') if tag else ("", "")
-    address, connected = client.scheduler.address, len(_connected_workers(client))
-    return (
-        f"No worker{offering} is connected to the scheduler {address} ({connected} workers are). "
-        f"Start one with `dask worker {address} --nthreads 1{option}`."
-    )
-
-
 def _work(run: Run, store: ResultStore, deadline: float) -> None:
     require_time(deadline)  # execute() would first look whether the run is stored, which takes a moment for each
     with quiet():  # the sweep shows its own progress
         execute(run, store, deadline=deadline)
 
 
-_WORTH_TIMING = 2_000  # iterations of a kind above which a sweep times the first few, if the store holds no result of that kind
+def _forecast(client: distributed.Client, runs: Sequence[Run], store: ResultStore, resources: dict[str, float]) -> str:
+    """A line on how long the runs will take; kinds of runs of which nothing is known are timed on the cluster."""
+    by_key = {run.key(): run for run in runs}
 
+    def measure(keys: list[str]) -> dict[str, float]:
+        if not can_run(client, resources):
+            return {}
+        futures = {key: client.submit(_seconds_a_step, by_key[key], pure=False, resources=resources) for key in keys}
+        return {key: future.result() for key, future in futures.items() if future.exception() is None}
 
-def _expected_time(client: distributed.Client, runs: Sequence[Run], store: ResultStore, resources: dict[str, float]) -> str:
-    """How many runs there are to compute and how long that will probably take, by the seconds that iterations of their kind took before."""
-    speeds, steps = _speeds(store), defaultdict(int)
-    for run in runs:
-        begun = sum(about["steps"] for about in _metadata(store.folder.glob(f"unfinished/{run.key()}*.safetensors")))
-        steps[_kind(run.config())] += max(0, _steps(run.config()) - begun)
-    if _can_run(client, resources):
-        first = {_kind(run.config()): run for run in reversed(runs)}
-        new = [kind for kind, number in steps.items() if kind not in speeds and number > _WORTH_TIMING]
-        for kind, future in [(kind, client.submit(_seconds_a_step, first[kind], pure=False, resources=resources)) for kind in new]:
-            speeds |= {kind: future.result()} if future.exception() is None else {}
-    workers = sum(worker["nthreads"] for worker in _connected_workers(client))
-    seconds = sum(speeds.get(kind, 0) * number for kind, number in steps.items()) / min(max(workers, 1), len(runs))
-    unknown = sum(_kind(run.config()) not in speeds for run in runs)
-    if unknown == len(runs):
-        return f"attacks: {unknown} to compute, of kinds not timed here before"
-    more = f", and the time of {unknown} of kinds not timed here before" if unknown else ""
-    return f"attacks: {len(runs)} to compute, about {_duration(seconds)} with {workers} workers{more}"
-
-
-def _kind(config: dict) -> tuple:
-    """What the time of an iteration depends on, the machine apart."""
-    return config["attack"]["name"], *(str(config["scenario"][name]) for name in ("dataset", "model", "batch_size", "mode", "fedavg"))
-
-
-def _steps(config: dict) -> int:
-    """Iterations of all restarts and of GIAS's two stages."""
-    attack = config["attack"]
-    return attack["restarts"] * (attack["iterations"] + attack.get("latent_restarts", 0) * attack.get("latent_iterations", 0))
-
-
-def _speeds(store: ResultStore) -> dict[tuple, float]:
-    """The median seconds of an iteration for every kind of run of which the store holds results from this machine."""
-    machine, found = provenance()["machine"], defaultdict(list)
-    for about in _metadata(store.folder.glob("*.safetensors")):
-        if "config" in about and about["made"]["machine"] == machine:
-            found[_kind(about["config"])].append(about["seconds"] / _steps(about["config"]))
-    return {kind: statistics.median(seconds) for kind, seconds in found.items()}
-
-
-def _metadata(paths: Iterable[Path]) -> Iterator[dict]:
-    for path in paths:
-        with contextlib.suppress(DamagedFileError):
-            yield read_metadata(path)
+    configs, workers = {key: run.config() for key, run in by_key.items()}, sum(worker["nthreads"] for worker in connected_workers(client))
+    return expected_time(configs, store.folder, provenance()["machine"], workers, measure)
 
 
 def _seconds_a_step(run: Run) -> float:
@@ -535,45 +457,3 @@ def _seconds_a_step(run: Run) -> float:
         model = run.scenario.client_model().to("cuda" if torch.cuda.is_available() else "cpu")
         run.attack(model, run.scenario.update(model), watch=look, watch_every=4)
     return (times[2] - times[0]) / 8
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
-
-
-# An attack asks for the same memory thousands of times. By default dask makes each worker hand it back to the system in between: with that
-# an iteration takes 1.6 times (ConvNet, B = 8) to 2.1 times (ResNet18, B = 1) as long.
-_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": 2**32, "MALLOC_MMAP_THRESHOLD_": 2**25}
-
-
-# On an overloaded machine a worker's event loop can stand still for more than half a minute, while it imports torch for its first run.
-# Meanwhile the runs that are sent to it (0.2 MB each with an autoencoder) fill its socket; after 30 seconds the kernel calls the connection
-# dead, and the worker ends itself for good: "Scheduler was unaware of this worker; shutting down". And a killed worker is given up if its
-# successor is not there after 15 seconds. Here, on one machine, the end of a process is noticed at once without any timeout.
-_BE_PATIENT = {"distributed.comm.timeouts.tcp": "10 minutes", "distributed.deploy.lost-worker-timeout": "10 minutes"}
-
-
-@contextlib.contextmanager
-def _dask_client(workers: int | None, scheduler: str | None, runs: int) -> Iterator[distributed.Client]:
-    if scheduler:
-        with _connected(scheduler) as client:
-            yield client
-        return
-    workers = min(workers or min(2, os.cpu_count() or 1), runs)
-    settings = _BE_PATIENT | {f"distributed.nanny.pre-spawn-environ.{name}": size for name, size in _KEEP_MEMORY.items()}
-    with (
-        dask.config.set(settings),
-        distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", memory_limit=0
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        yield client
-
-
-def _connected(scheduler: str) -> distributed.Client:
-    try:
-        return distributed.Client(scheduler)
-    except (OSError, ValueError) as error:
-        advice = "Start one with `dask scheduler` and give the address that it prints, such as tcp://host:8786."
-        raise SweepError(f"There is no dask scheduler at {scheduler!r} ({error}). {advice}") from error

@@ -22,6 +22,7 @@ import torch
 
 from gipip import experiments, models
 from gipip.attacks import DLG, GIPIP, GradInversion, InvertingGradients
+from gipip.cluster import open_cluster
 from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
 from gipip.errors import BatchSizeError, DamagedFileError, DataError, ModelError, StoreError, SweepError
 from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
@@ -83,7 +84,7 @@ def prior():
 @pytest.fixture(scope="module")
 def scheduler():
     """The address of a scheduler with two single-threaded worker processes, as a sweep starts it."""
-    with experiments._dask_client(workers=2, scheduler=None, runs=2) as client:
+    with open_cluster(workers=2, scheduler=None, runs=2) as client:
         yield client.scheduler.address
 
 

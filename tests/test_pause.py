@@ -243,7 +243,7 @@ def test_a_sweep_pauses_at_the_deadline_and_the_same_call_goes_on(tmp_path, sche
     results = sweep(todo, store=store, scheduler=scheduler)
     assert unfinished(store) == []
     assert torch.equal(results[1].images, execute(todo[1]).images)
-    assert re.findall("^attacks: 2 to compute, about .* with 1 workers$", capfd.readouterr().err, re.MULTILINE)
+    assert re.findall("^attacks: 2 to compute, about .* with 1 worker$", capfd.readouterr().err, re.MULTILINE)
 
 
 # The expected time -------------------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_a_sweep_pauses_at_the_deadline_and_the_same_call_goes_on(tmp_path, sche
 
 def expected(runs, store, scheduler):
     with distributed.Client(scheduler) as client:
-        return experiments._expected_time(client, runs, store, {})
+        return experiments._forecast(client, runs, store, {})
 
 
 def stored(store, run, seconds):
@@ -265,9 +265,9 @@ def test_the_expected_time_is_by_what_iterations_of_the_kind_took_on_this_machin
     for run, seconds in zip(runs(iterations=2), (1, 2, 30), strict=True):  # the median is a second an iteration
         stored(store, run, seconds)
     monkeypatch.setattr(experiments, "_seconds_a_step", None)
-    assert expected(runs(iterations=50), store, scheduler) == "attacks: 3 to compute, about 2 minutes with 1 workers"
+    assert expected(runs(iterations=50), store, scheduler) == "attacks: 3 to compute, about 2 minutes with 1 worker"
     other = Run("GI-PIP", LENET, gipip.GIPIP(prior=gipip.load_prior(), iterations=5))
-    line = "attacks: 4 to compute, about 30 seconds with 1 workers, and the time of 1 of kinds not timed here before"
+    line = "attacks: 4 to compute, about 30 seconds with 1 worker, and the time of 1 of kinds not timed here before"
     assert expected([*runs(iterations=10), other], store, scheduler) == line
     monkeypatch.setattr(experiments, "provenance", lambda: {"machine": "another"})
     assert expected([other], store, scheduler) == "attacks: 1 to compute, of kinds not timed here before"
@@ -279,10 +279,10 @@ def test_what_is_done_of_a_run_is_not_expected_again(tmp_path, scheduler, monkey
     limit_time(monkeypatch)
     with pytest.raises(OutOfTime):
         execute(run, store)
-    assert expected([run], store, scheduler) == "attacks: 1 to compute, about 40 seconds with 1 workers"
+    assert expected([run], store, scheduler) == "attacks: 1 to compute, about 40 seconds with 1 worker"
 
 
 def test_long_runs_of_a_new_kind_are_timed_by_their_first_iterations(tmp_path, scheduler):
     line = expected(runs(iterations=10**6), ResultStore(tmp_path), scheduler)
-    hours = float(re.fullmatch(r"attacks: 3 to compute, about ([\d.]+) hours with 1 workers", line)[1])
+    hours = float(re.fullmatch(r"attacks: 3 to compute, about ([\d.]+) hours with 1 worker", line)[1])
     assert 0.1 < hours < 1000 and unfinished(ResultStore(tmp_path)) == []

@@ -46,8 +46,8 @@ def test_a_profile_gives_shared_parameters_to_those_that_declare_them_and_own_on
 
 
 def test_given_parameters_go_to_every_notebook_that_declares_them_and_win(folder):
-    given = {"iterations": 9, "size": 16}
-    assert plan("cpu", folder=folder, parameters=given) == {"01_first": {"iterations": 9}, "02_second": {"iterations": 9, "size": 16}}
+    given = {"iterations": "9", "size": "16"}
+    assert plan("cpu", folder=folder, parameters=given) == {"01_first": {"iterations": "9"}, "02_second": given}
     with pytest.raises(ProfileError, match="Unknown parameter of any notebook: 'colour'"):
         plan("cpu", folder=folder, parameters={"colour": "red"})
 

@@ -15,7 +15,6 @@ import distributed
 import pytest
 import torch
 
-from gipip import experiments
 from gipip.attacks import InvertingGradients
 from gipip.errors import SweepError
 from gipip.experiments import ResultStore, Run, Scenario, execute, sweep
@@ -174,7 +173,7 @@ def test_the_run_of_a_machine_that_dies_is_done_by_another_as_long_as_there_is_o
             (result,) = sweep(runs(HangsOnce, first, count=1), store=store, scheduler=cluster, resources={"spare": 1})
         assert (first / "0").read_text().split() in (["left", "right"], ["right", "left"])
         assert torch.equal(result.images, execute(Run("IG", LENET, InvertingGradients(iterations=2))).images)
-        monkeypatch.setattr(experiments, "_PATIENCE", 0.5)
+        monkeypatch.setattr("gipip.cluster.PATIENCE", 0.5)
         with (
             switched_off_where_it_hangs(second, machines),
             pytest.raises(SweepError, match=r"No worker that offers spare=1 is connected .*\(2 workers are\).*runs not done: 1\."),
@@ -184,7 +183,7 @@ def test_the_run_of_a_machine_that_dies_is_done_by_another_as_long_as_there_is_o
 
 
 def test_a_resource_that_no_worker_offers_is_an_error_that_says_how_to_start_one(cluster, store, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "_PATIENCE", 0.5)
+    monkeypatch.setattr("gipip.cluster.PATIENCE", 0.5)
     needed = {"GPU": 2, "memory": 1.5}
     message = r'No worker that offers GPU=2 memory=1.5 .*\(2 workers are\).*--resources "GPU=2 memory=1.5"`.*not done: 2'
     with pytest.warns(UserWarning, match="Waiting for one"), pytest.raises(SweepError, match=message):

@@ -45,7 +45,7 @@ class _CosineDistance(torch.autograd.Function):
         target_norm, cosine, own_norm, *tensors = ctx.saved_tensors
         along, towards = weight * cosine / own_norm.square(), -weight / (own_norm * target_norm)
         pairs = zip(tensors[: ctx.count], tensors[ctx.count :], strict=True)
-        return None, None, *((a * along).addcmul_(b, towards) for a, b in pairs), *[None] * ctx.count
+        return None, None, *(torch.addcmul(a * along, b, towards) for a, b in pairs), *[None] * ctx.count
 
 
 def _dot(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
