@@ -458,7 +458,7 @@ def test_shared_statistics_reach_the_attack_that_needs_them():
 
 
 def test_an_epoch_that_does_not_ship_is_an_error_that_says_which_do(trained_lenet):
-    with pytest.raises(ModelError, match=r"No 'lenet' trained for 4 epochs on 'cifar10' ships.*\[3, 5\]"):
+    with pytest.raises(ModelError, match=r"no 'lenet' trained for 4 epochs on 'cifar10' .*\[3, 5\]"):
         Scenario(model="lenet", epochs=4).client_model()
 
 
@@ -532,7 +532,7 @@ def test_the_run_of_a_killed_worker_is_done_again_by_another(store, scheduler, t
 def test_a_run_whose_worker_dies_after_it_has_finished_is_no_failure(store, monkeypatch):
     client = MagicMock(spec=distributed.Client)
     client.submit.return_value.status = "lost"
-    monkeypatch.setattr(experiments, "_as_finished", lambda client, futures, resources: list(futures))
+    monkeypatch.setattr(experiments, "as_finished", lambda client, futures, resources: list(futures))
     assert experiments._execute_all(client, [Run("IG", LENET, SHORT)], store, {}) == []
 
 

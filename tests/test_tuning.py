@@ -286,7 +286,7 @@ def test_single_settings_of_a_tuned_attack_can_be_changed(prior):
 def test_a_condition_without_tuned_weights_is_an_error_that_says_which_there_are(prior):
     with pytest.raises(DataError, match="InvertingGradients are shipped for 'cifar10/lenet/B=1'.*cifar10/convnet/B=1, .*`gipip tune`"):
         InvertingGradients.tuned(ONE)
-    with pytest.raises(DataError, match="GIPIP are shipped for 'imagenet64/convnet/B=1'. Shipped: none"):
-        GIPIP.tuned("imagenet64/convnet/B=1", prior=prior)
+    with pytest.raises(DataError, match="GIPIP are shipped for 'imagenet224/convnet/B=1'. Shipped: none"):
+        GIPIP.tuned("imagenet224/convnet/B=1", prior=prior)
     with pytest.raises(DataError, match="No tuned weights of no such arm are shipped for 'cifar10/convnet/B=1'"):
         InvertingGradients.tuned("cifar10/convnet/B=1", arm="no such arm")
