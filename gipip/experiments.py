@@ -390,21 +390,20 @@ def sweep(
     results = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
     missing = list({run.key(): run for run in runs if results[run.key()] is None}.values())
     missing.sort(key=lambda run: run.attack.iterations * run.scenario.batch_size, reverse=True)  # so no worker idles at the end
-    failures = [(run, OutOfTime()) for run in missing]
+    failures = []
     if missing and time.time() < time_limit():
         with open_cluster(workers, scheduler, len(missing)) as client:
             announce(_forecast(client, missing, store, resources))
             failures = _execute_all(client, missing, store, resources)
-    left = sum(isinstance(error, OutOfTime) for _, error in failures)
-    failures = [(run, error) for run, error in failures if not isinstance(error, OutOfTime)]
     if failures:
         listing = "\n".join(f"- {run.arm} on {run.scenario}: {error!r}" for run, error in failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; the other results are stored in {store.folder}:\n{listing}")
-    if left:
-        raise OutOfTime(f"The time is over: {len(results) - left} of {len(results)} runs are finished, {left} are left.")
     found = [store.load(run) for run in runs]
     if None in found:
-        raise StoreError(f"{found.count(None)} results are not in {store.folder}. The workers must see this folder, under the same path.")
+        left = len({run.key() for run, result in zip(runs, found, strict=True) if result is None})
+        if time.time() >= time_limit():
+            raise OutOfTime(f"The time is over: {len(results) - left} of {len(results)} runs are finished, {left} are left.")
+        raise StoreError(f"{left} results are not in {store.folder}. The workers must see this folder, under the same path.")
     return Results(found)
 
 
@@ -425,9 +424,10 @@ def _execute_all(
 
 
 def _work(run: Run, store: ResultStore, deadline: float) -> None:
-    require_time(deadline)  # execute() would first look whether the run is stored, which takes a moment for each
-    with quiet():  # the sweep shows its own progress
-        execute(run, store, deadline=deadline)
+    with contextlib.suppress(OutOfTime):  # no error, which a worker would log with its traceback; the sweep sees what is missing
+        require_time(deadline)  # execute() would first look whether the run is stored, which takes a moment for each
+        with quiet():  # the sweep shows its own progress
+            execute(run, store, deadline=deadline)
 
 
 def _forecast(client: distributed.Client, runs: Sequence[Run], store: ResultStore, resources: dict[str, float]) -> str:
