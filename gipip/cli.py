@@ -1,6 +1,7 @@
 """The `gipip` command."""
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -246,11 +247,17 @@ def data(
         _prepared(private, auxiliary)
         return
     typer.echo("Ships with gipip:")
-    for path in sorted(DATA.glob("*.safetensors")):
-        typer.echo(f"  {path.stat().st_size / 1e6:7.1f} MB  {path}")
-    full = cache_folder() / CIFAR10_FILE
-    state = f"{full.stat().st_size / 1e6:7.1f} MB  {full}" if full.exists() else "not here; `gipip data cifar10` downloads it"
-    typer.echo(f"The full CIFAR-10:\n  {state}")
+    _list_files(DATA.glob("*.safetensors"))
+    typer.echo("The full CIFAR-10:")
+    _list_files(cache_folder().glob(CIFAR10_FILE), "not here; `gipip data cifar10` downloads it")
+    typer.echo("Private ImageNet photographs:")
+    _list_files(cache_folder().glob("imagenet64-*.safetensors"), "not here; `gipip data imagenet64 --private FOLDER` prepares them")
+
+
+def _list_files(paths: Iterable[Path], otherwise: str = "none") -> None:
+    """A line for each file, with its size."""
+    for line in [f"{path.stat().st_size / 1e6:7.1f} MB  {path}" for path in sorted(paths)] or [otherwise]:
+        typer.echo(f"  {line}")
 
 
 DataOption = Annotated[str, typer.Option(help="cifar10, or a folder in the layout FOLDER/class/image; half of it stays private.")]
