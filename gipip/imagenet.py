@@ -25,12 +25,11 @@ _TUNING_FRACTION = 0.1
 class Prepared(NamedTuple):
     """A data set of private photographs: its name for `load_dataset` and `Scenario`, and how it came about.
 
-    `auxiliary`: the folder of the attacker's images, if one was given. `images`: photographs it holds. `excluded`: those left out because
+    `images`: photographs it holds. `excluded`: those left out because
     they are among the `compared` different photographs that the attacker owns (the given folder's and those of the shipped priors).
     """
 
     dataset: str
-    auxiliary: Path | None
     images: int
     excluded: int
     compared: int
@@ -54,16 +53,16 @@ def prepare_imagenet(private: Path | str | None = None, auxiliary: Path | str | 
     """
     private, auxiliary = _folder(private, "private"), _folder(auxiliary, "auxiliary")
     if private is None:
-        return _described(IMAGENET64_SAMPLE, auxiliary)
+        return _described(IMAGENET64_SAMPLE)
     if private.is_file():
-        return _adopted(private, auxiliary)
+        return _adopted(private)
     if auxiliary:
         require_apart(private, auxiliary)
     photographs, known = list_folder(private), list_folder(auxiliary) if auxiliary else None
     path = cache_folder() / f"imagenet64-{_identity(photographs, known, limit)}.safetensors"
     if not path.exists():
         _make(path, photographs, known, limit)
-    return _described(path, auxiliary)
+    return _described(path)
 
 
 def _folder(given: Path | str | None, name: str) -> Path | None:
@@ -105,17 +104,17 @@ def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit
     write_tensors(path, tensors, {"images": len(rows), "excluded": len(chosen.paths) - len(rows), "compared": len(owned)})
 
 
-def _described(path: Path, auxiliary: Path | None) -> Prepared:
+def _described(path: Path) -> Prepared:
     _, about = read_tensors(path)
     name = "imagenet64" if path == IMAGENET64_SAMPLE else path.stem
-    return Prepared(name, auxiliary, about["images"], about["excluded"], about["compared"])
+    return Prepared(name, about["images"], about["excluded"], about["compared"])
 
 
-def _adopted(path: Path, auxiliary: Path | None) -> Prepared:
+def _adopted(path: Path) -> Prepared:
     """A file made elsewhere, copied to the cache folder."""
     if not path.stem.startswith("imagenet64-"):
         raise DataError(f"{path} is no data set made by gipip.prepare_imagenet, whose files are called imagenet64-….safetensors.")
-    prepared = _described(path, auxiliary)
+    prepared = _described(path)
     target = cache_folder() / path.name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

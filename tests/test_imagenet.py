@@ -1,15 +1,13 @@
 """Private photographs from a folder: the same whenever asked, labelled, apart from what the attacker owns, and nothing lost on the way."""
 
-import shutil
-
 import numpy
 import pytest
 import torch
 from PIL import Image, ImageEnhance
 from torchvision.transforms.functional import to_pil_image
 
-from gipip import Scenario, load_dataset, prepare_imagenet
-from gipip.errors import DataError
+from gipip import Scenario, load_dataset, load_generator, load_prior, prepare_imagenet
+from gipip.errors import DamagedFileError, DataError
 from gipip.files import read_tensors
 from gipip.imagenet import HASHES, Prepared, shipped_hashes
 from gipip.photographs import NEAR, list_folder, near, perceptual_hashes
@@ -61,7 +59,7 @@ def test_the_sample_has_no_auxiliary_images_and_says_where_to_take_them_from():
 
 
 def test_without_a_folder_the_sample_is_what_there_is():
-    assert prepare_imagenet() == Prepared("imagenet64", None, 20, 0, len(shipped_hashes()))
+    assert prepare_imagenet() == Prepared("imagenet64", 20, 0, len(shipped_hashes()))
 
 
 def test_the_clients_network_has_a_thousand_classes_and_takes_images_of_64_pixels():
@@ -113,7 +111,7 @@ def test_photographs_that_the_attacker_owns_are_left_out_though_scaled_recoloure
 
 
 def test_what_was_left_out_is_reported_in_words():
-    text = str(Prepared("imagenet64-00000000", None, 27, 3, 43))
+    text = str(Prepared("imagenet64-00000000", 27, 3, 43))
     assert text.startswith("imagenet64-00000000: 27 photographs at 64×64; 3 were left out")
     assert "43 photographs that the attacker owns" in text
 
@@ -123,7 +121,7 @@ def test_folders_are_found_in_the_environment(tmp_path, monkeypatch):
     folder(tmp_path / "auxiliary", range(100, 120))
     monkeypatch.setenv("GIPIP_DATA", str(tmp_path))
     prepared = prepare_imagenet()
-    assert prepared.images == 20 and prepared.auxiliary == tmp_path / "auxiliary"
+    assert prepared.images == 20
     assert prepared.compared > len(numpy.unique(shipped_hashes()))
 
 
@@ -179,9 +177,10 @@ def test_nearness_counts_bits():
     assert [near(value, other).tolist() for other in flipped] == [[True], [False]]
 
 
-def test_the_shipped_hashes_are_of_the_images_that_the_shipped_autoencoder_was_trained_on():
+def test_as_many_hashes_ship_as_images_that_the_shipped_priors_were_trained_on():
     _, about = read_tensors(HASHES)
-    assert about["images"] == len(shipped_hashes()) == 48_600
+    priors = [load_prior("imagenet64"), load_prior("imagenet64-depth4"), load_generator("imagenet64")]
+    assert {prior.provenance["images"] for prior in priors} == {about["images"], len(shipped_hashes())} == {48_600}
 
 
 def test_a_damaged_cache_is_reported(tmp_path):
@@ -189,7 +188,6 @@ def test_a_damaged_cache_is_reported(tmp_path):
     path = tmp_path / "cache" / f"{prepared.dataset}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    shutil.copyfile(path, tmp_path / "kept")
     path.write_bytes(content)
-    with pytest.raises(Exception, match="does not match its checksum"):
+    with pytest.raises(DamagedFileError, match="does not match its checksum"):
         load_dataset(prepared.dataset)
