@@ -153,12 +153,14 @@ class Client:
         infer them. `statistics`: "shared" gives away the private batch's BatchNorm statistics. `defenses` (see `gipip.defenses`) are
         applied in their order. Raises LabelError for a label outside the model's classes, ModelError when the model cannot take the images.
         """
-        model = copy.deepcopy(self.model).train(mode == "train")  # a copy: train mode would move the running statistics
+        model = copy.deepcopy(self.model).eval()  # a copy: train mode would move the running statistics
         device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
         images, targets = batch.images.to(device, dtype), batch.labels.to(device)
+        _check_labels(targets, _classes(model, images))
+        model.train(mode == "train")
         with torch.no_grad(), batch_statistics(model) as found:
-            logits = _logits(model, images)
-        _check_labels(targets, logits)
+            if statistics == "shared":
+                model(images)
         gradients = local_update(model.network, trainable(model.network), model.normalize(images), targets, fedavg)
         update = SharedUpdate(
             gradients=tuple(gradient.detach() for gradient in gradients),
@@ -227,9 +229,11 @@ def _set_statistics(model: ClientModel, images: LabeledImages) -> None:
     model.eval()
 
 
-def _logits(model: ClientModel, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+@torch.no_grad()
+def _classes(model: ClientModel, images: Float[Tensor, "batch 3 height width"]) -> int:
+    """How many classes the model knows, found with the first image."""
     try:
-        return model(images)
+        return model(images[:1]).shape[1]
     except RuntimeError as error:
         raise ModelError(
             f"The model cannot take a batch of shape {tuple(images.shape)} ({error}). Build it for images of this size: "
@@ -237,8 +241,7 @@ def _logits(model: ClientModel, images: Float[Tensor, "batch 3 height width"]) -
         ) from error
 
 
-def _check_labels(labels: Int[Tensor, "batch"], logits: Float[Tensor, "batch classes"]) -> None:
-    classes = logits.shape[1]
+def _check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise LabelError(
