@@ -93,9 +93,8 @@ def write_readme_section(readme: Path | str, table: pd.DataFrame) -> bool:
 
 def _judged(row) -> str:
     unit, spec = (" dB", "+.2f") if row.metric == "psnr" else ("", "+.3f")
-    interval = Interval(row.mean, row.low, row.high, row.batches)
-    difference = format(interval, spec) if row.batches > 1 else f"{row.mean:{spec}} (no interval)"
-    return _line(row.compared, row.metric, f"{row.images} / {row.batches}", difference.replace("-", "−") + unit, row.verdict)
+    difference = Interval(row.mean, row.low, row.high, row.batches)
+    return _line(row.compared, row.metric, f"{row.images} / {row.batches}", format(difference, spec) + unit, row.verdict)
 
 
 def _line(*cells: str) -> str:

@@ -4,6 +4,7 @@ Only this module sees the ground truth. Everything is computed on the CPU, image
 """
 
 import copy
+import math
 import warnings
 from functools import cache
 from importlib.resources import files as package_files
@@ -138,9 +139,9 @@ class Interval(NamedTuple):
     count: int
 
     def __format__(self, spec: str) -> str:
-        """The three numbers in one format: `f"{interval:.3f}"` gives "0.420 [0.100, 0.750]"."""
-        mean, low, high = (format(value, spec or "+.2f") for value in self[:3])
-        return f"{mean} [{low}, {high}]"
+        """The three numbers in one format: `f"{interval:.3f}"` gives "0.420 [0.100, 0.750]", or "0.420 (no interval)"."""
+        mean, low, high = (format(value, spec or "+.2f").replace("-", "−") for value in self[:3])
+        return f"{mean} (no interval)" if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
     def __str__(self) -> str:
         return format(self, "")

@@ -361,5 +361,5 @@ def test_paired_effect_shows_intervals_around_a_line_at_no_difference():
     figure = figures.paired_effect({"B=1": Interval(0.4, 0.1, 0.7, 8), "B=4": Interval(-0.1, -0.3, 0.1, 8)}, "PSNR gain (dB)")
     axes = figure.axes[0]
     assert axes.lines[0].get_xdata() == [0, 0]
-    assert [text.get_text() for text in axes.texts] == ["+0.40 [+0.10, +0.70]  n=8", "-0.10 [-0.30, +0.10]  n=8"]
+    assert [text.get_text() for text in axes.texts] == ["+0.40 [+0.10, +0.70]  n=8", "−0.10 [−0.30, +0.10]  n=8"]
     assert axes.get_xlabel() == "PSNR gain (dB)\nmean and 95 % bootstrap interval"

@@ -317,6 +317,7 @@ def test_an_interval_reads_like_a_result():
     interval = Interval(0.4234, 0.1, 0.75, 8)
     assert str(interval) == "+0.42 [+0.10, +0.75]"
     assert f"{interval}" == "+0.42 [+0.10, +0.75]" and f"{interval:.3f}" == "0.423 [0.100, 0.750]"
+    assert str(Interval(-0.1, float("nan"), float("nan"), 1)) == "−0.10 (no interval)"
 
 
 @pytest.mark.parametrize(
