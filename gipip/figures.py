@@ -324,6 +324,7 @@ def paired_effect(effects: Mapping[str, Interval], label: str, *, width: float =
         axes.text(1.02, row, f"{effect:+.{decimals}f}  n={effect.count}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     axes.set_yticks(range(len(effects)), list(effects))
     axes.set(ylim=(len(effects) - 0.5, -0.5), xlabel=f"{label}\nmean and 95 % bootstrap interval")
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="y", visible=False)
     figure.data_drawn = pd.DataFrame({"effect": name, **effect._asdict()} for name, effect in effects.items())
     return figure
