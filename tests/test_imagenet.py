@@ -1,12 +1,16 @@
 """Private photographs from a folder: the same whenever asked, labelled, apart from what the attacker owns, and nothing lost on the way."""
 
+import tarfile
+
 import numpy
 import pytest
 import torch
 from PIL import Image, ImageEnhance
 from torchvision.transforms.functional import to_pil_image
+from typer.testing import CliRunner
 
 from gipip import Scenario, load_dataset, load_generator, load_prior, prepare_imagenet
+from gipip.cli import app
 from gipip.errors import DamagedFileError, DataError
 from gipip.files import read_tensors
 from gipip.imagenet import HASHES, Prepared, shipped_hashes
@@ -123,6 +127,15 @@ def test_folders_are_found_in_the_environment(tmp_path, monkeypatch):
     prepared = prepare_imagenet()
     assert prepared.images == 20
     assert prepared.compared > len(numpy.unique(shipped_hashes()))
+
+
+def test_photographs_found_in_the_environment_travel_too(tmp_path, monkeypatch):
+    folder(tmp_path / "private", range(20))
+    monkeypatch.setenv("GIPIP_DATA", str(tmp_path))
+    packed = CliRunner().invoke(app, ["pack", str(tmp_path / "packed"), "--profile", "smoke"])
+    assert packed.exit_code == 0, packed.output
+    names = [name for path in (tmp_path / "packed").glob("*.tar") for name in tarfile.open(path).getnames()]
+    assert f"cache/{prepare_imagenet().dataset}.safetensors" in names
 
 
 def test_a_prepared_file_from_elsewhere_is_taken_as_it_is(tmp_path, monkeypatch):
