@@ -201,7 +201,7 @@ def _imagenet64(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64
 
 
 def _imagenet64_resnet18(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
-    return Study(_tuning(2, dataset=dataset, model="resnet18"), _three_arms(prior, iterations, tv_weights=(3e-3, 1e-2, 3e-2)))
+    return Study(_tuning(4, dataset=dataset, model="resnet18"), _three_arms(prior, iterations, tv_weights=(1e-3, 3e-3, 1e-2, 3e-2)))
 
 
 def _three_arms(prior: AnomalyScore, iterations: int, tv_weights: Sequence[float]) -> dict[str, Arm]:
