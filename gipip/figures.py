@@ -168,7 +168,7 @@ def interval_bars(
     figure, axes = plt.subplots(figsize=(width, 2.6), layout="constrained")
     _draw_bars(axes, table, x, hue, _places(table[x]), _colors(table[hue]))
     axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
-    axes.set_title(f"bars: mean; lines: 95 % bootstrap interval\n{_counted(table['count'], groups)} each", fontsize=7)
+    axes.set_title(_explained("bars", "lines", table["count"], groups), fontsize=7)
     _draw_legend(figure, columns=3, title=hue)
     figure.data_drawn = table
     return figure
@@ -204,7 +204,7 @@ def interval_lines(
         for artist in line.get_children():
             artist.set_transform(axes.transData + aside)
     axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
-    axes.set_title(f"points: mean; bars: 95 % bootstrap interval\n{_counted(table['count'], groups)} each", fontsize=7)
+    axes.set_title(_explained("points", "bars", table["count"], groups), fontsize=7)
     _draw_legend(figure, columns=3, title=hue)
     figure.data_drawn = table
     return figure
@@ -230,8 +230,7 @@ def published_bars(
     tables = {titles[0]: published[[x, hue, y]].rename(columns={y: "mean"}), titles[1]: _intervals(frame, x, y, hue, groups)}
     drawn = pd.concat(tables, names=["panel"]).reset_index("panel")
     places = _places(drawn[x].sort_values() if pd.api.types.is_numeric_dtype(drawn[x]) else drawn[x])
-    notes = ["bars: read from the published chart\nno intervals", "bars: mean; lines: 95 % bootstrap interval\n"]
-    notes[1] += f"{_counted(tables[titles[1]]['count'], groups)} each"
+    notes = ["bars: read from the published chart\nno intervals", _explained("bars", "lines", tables[titles[1]]["count"], groups)]
     figure, panels = plt.subplots(1, 2, figsize=(width, 2.8), sharex=True, sharey=True, layout="constrained")
     for axes, title, note in zip(panels, titles, notes, strict=True):
         _draw_bars(axes, drawn[drawn["panel"] == title], x, hue, places, _colors(drawn[hue]))
@@ -431,6 +430,10 @@ def _require_values(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"The columns {missing} have missing or infinite values, which a figure would leave out without a word.")
 
 
-def _counted(counts: pd.Series, groups: str | None) -> str:
+def _explained(means: str, intervals: str, counts: pd.Series, groups: str | None) -> str:
+    """What shows the means and what the intervals of `counts` batches or images each; a single one has no interval."""
+    one, many = ("batch", "batches") if groups else ("image", "images")
+    if counts.max() == 1:
+        return f"{means}: mean\none {one} each, no intervals"
     number = "–".join(str(count) for count in dict.fromkeys([counts.min(), counts.max()]))
-    return f"{number} independent {'batches' if groups else 'images'}"
+    return f"{means}: mean; {intervals}: 95 % bootstrap interval\n{number} independent {many} each"

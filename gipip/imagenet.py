@@ -25,8 +25,8 @@ _TUNING_FRACTION = 0.1
 class Prepared(NamedTuple):
     """A data set of private photographs: its name for `load_dataset` and `Scenario`, and how it came about.
 
-    `images`: photographs it holds. `excluded`: those left out because
-    they are among the `compared` different photographs that the attacker owns (the given folder's and those of the shipped priors).
+    `images`: photographs it holds. `excluded`: those left out because they are among the `compared` different photographs that the
+    attacker owns (the given folder's and those of the shipped priors).
     """
 
     dataset: str

@@ -177,6 +177,7 @@ def test_interval_bars_of_single_observations_have_no_error_bar():
     frame = pd.DataFrame({"x": [1, 2], "arm": ["a", "a"], "ssim": [0.5, 0.6]})
     figure = figures.interval_bars(frame, "x", "ssim", "arm", groups=None)
     assert figure.data_drawn["low"].isna().all() and not len(error_bars(figure.axes[0]))
+    assert figure.axes[0].get_title() == "bars: mean\none image each, no intervals"
 
 
 def test_an_interval_that_is_a_point_is_drawn_as_one():
