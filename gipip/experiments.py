@@ -437,23 +437,27 @@ def _forecast(client: distributed.Client, runs: Sequence[Run], store: ResultStor
     def measure(keys: list[str]) -> dict[str, float]:
         if not can_run(client, resources):
             return {}
-        futures = {key: client.submit(_seconds_a_step, by_key[key], pure=False, resources=resources) for key in keys}
-        return {key: future.result() for key, future in futures.items() if future.exception() is None}
+        limit = time.time() + (time_limit() - time.time()) / 10  # or runs that are timed anew each time would never begin
+        futures = {key: client.submit(_seconds_a_step, by_key[key], limit, pure=False, resources=resources) for key in keys}
+        measured = {key: future.result() for key, future in futures.items() if future.exception() is None}
+        return {key: seconds for key, seconds in measured.items() if seconds}
 
     configs, workers = {key: run.config() for key, run in by_key.items()}, sum(worker["nthreads"] for worker in connected_workers(client))
     return expected_time(configs, store.folder, provenance()["machine"], workers, measure)
 
 
-def _seconds_a_step(run: Run) -> float:
-    """Measured on iterations 5 to 12; the first four make the engine's recordings."""
+def _seconds_a_step(run: Run, limit: float) -> float | None:
+    """Measured on iterations 5 to 12, as the first four make the engine's recordings, or on less until `limit`; None if that was over."""
     times = []
 
     def look(iteration: int, images: Tensor, cost: float) -> None:
         times.append(time.perf_counter())
-        if iteration == 12:
+        if iteration == 12 or time.time() >= limit:
             raise StopIteration
 
+    if time.time() >= limit:
+        return None
     with quiet(), _alone_on_one_thread():
         model = run.scenario.client_model().to("cuda" if torch.cuda.is_available() else "cpu")
         run.attack(model, run.scenario.update(model), watch=look, watch_every=4)
-    return (times[2] - times[0]) / 8
+    return (times[-1] - times[0]) / (4 * (len(times) - 1)) if len(times) > 1 else None

@@ -286,3 +286,19 @@ def test_long_runs_of_a_new_kind_are_timed_by_their_first_iterations(tmp_path, s
     line = expected(runs(iterations=10**6), ResultStore(tmp_path), scheduler)
     hours = float(re.fullmatch(r"attacks: 3 to compute, about ([\d.]+) hours with 1 worker", line)[1])
     assert 0.1 < hours < 1000 and unfinished(ResultStore(tmp_path)) == []
+
+
+def test_timing_takes_at_most_a_tenth_of_the_time_there_is(tmp_path, scheduler, monkeypatch):
+    monkeypatch.setenv("GIPIP_DEADLINE", str(time.time() + 1_000))
+    monkeypatch.setattr(experiments, "_seconds_a_step", lambda run, limit: (limit - time.time()) / 10**6)
+    assert expected(runs(iterations=10**6), ResultStore(tmp_path), scheduler) == "attacks: 3 to compute, about 5 minutes with 1 worker"
+
+
+def test_timing_ends_at_its_limit(monkeypatch):
+    run, seen = runs(iterations=10**6)[0], []
+    monkeypatch.setattr(Scenario, "client_model", lambda self, build=Scenario.client_model: seen.append(self) or build(self))
+    assert experiments._seconds_a_step(run, limit=0) is None and not seen
+    assert experiments._seconds_a_step(run, limit=float("inf")) > 0
+    moments = iter([0, 0, 2])  # when it begins, and after four and eight iterations
+    monkeypatch.setattr(experiments.time, "time", lambda: next(moments))
+    assert experiments._seconds_a_step(run, limit=1) > 0
