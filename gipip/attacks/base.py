@@ -374,7 +374,7 @@ class Attack(BaseModel):
         if checkpoint:
             checkpoint.restore(state, optimizer, schedule)
         if len(lanes) > 1:
-            views[0].gradients.record(torch.zeros(views[0].shape).to(views[0].like), views[0].labels)  # it cannot be while mapped
+            self.terms(views[0], state.lane(0))  # so that the gradient is recorded: it cannot be while mapped
         step = functools.partial(self._step, state, optimizer)
         if views[0].engine == "cudagraph":
             step = Replay(step)

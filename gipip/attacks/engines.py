@@ -6,16 +6,18 @@ is what the arithmetic needs. That function can be compiled ("compiled"), or the
 ("cudagraph", see `gipip.attacks.replay`). All give the same numbers within rounding.
 """
 
-import inspect
+import operator
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
+from gipip.attacks.derivatives import INSTEAD, Factored, convolution_backward
 from gipip.errors import EngineError
 from gipip.federation import FedAvg, local_update
 
@@ -44,7 +46,7 @@ def choose_engine(wanted: str, *, cuda: bool, replayable: bool) -> Engine:
 def client_gradient(network: nn.Module, parameters: Mapping[str, Tensor], fedavg: FedAvg | None, engine: Engine) -> ClientGradient:
     """What `local_update` computes for given images and labels, differentiable with respect to both."""
     if engine == "eager":
-        return lambda inputs, labels: local_update(network, parameters, inputs, labels, fedavg, create_graph=True)
+        return lambda inputs, labels, factored=False: local_update(network, parameters, inputs, labels, fedavg, create_graph=True)
 
     def update(inputs: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         own = dict(zip(parameters, (weight.detach().requires_grad_() for weight in weights), strict=True))
@@ -60,22 +62,35 @@ class _WrittenOut:
         self.function, self.constants, self.compiled = function, constants, compiled
         self.recorded = {}
 
-    def __call__(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        return self.record(inputs, labels)(inputs, labels, *self.constants)
+    def __call__(self, inputs: Tensor, labels: Tensor, factored: bool = False) -> tuple[Tensor | Factored, ...]:
+        return self.record(inputs, labels, factored)(inputs, labels, *self.constants)
 
-    def record(self, inputs: Tensor, labels: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    def record(self, inputs: Tensor, labels: Tensor, factored: bool = False) -> Callable[..., tuple[Tensor | Factored, ...]]:
         """The operations for inputs of these shapes, recorded at the first call."""
-        kind = (inputs.shape, labels.shape, labels.dtype)
+        factored = factored and not self.compiled
+        kind = (inputs.shape, labels.shape, labels.dtype, factored)
         if kind not in self.recorded:
             recorded = make_fx(self.function)(inputs.detach(), labels.detach(), *self.constants)
             for node in recorded.graph.nodes:
-                node.target = _REPLACED.get(node.target, node.target)
+                node.target = INSTEAD.get(node.target, node.target)
                 if node.target is _aten.alias.default:  # what `detach` leaves in a recording: the same tensor
                     node.replace_all_uses_with(node.args[0])
                     recorded.graph.erase_node(node)
+            if factored:
+                _leave_factored(recorded.graph)
+            recorded.graph.eliminate_dead_code()
             recorded.recompile()
             self.recorded[kind] = torch.compile(recorded, dynamic=False) if self.compiled else recorded
         return self.recorded[kind]
+
+
+def _leave_factored(graph: Graph) -> None:
+    """Let the gradients of convolutions' weights that are results, and nothing else, be `Factored` where that pays."""
+    for gradient in graph.output_node().all_input_nodes:
+        if gradient.target is operator.getitem and len(gradient.users) == 1:
+            backward, index = gradient.args
+            if backward.target is convolution_backward and index == 1:
+                backward.update_kwarg("factored", True)
 
 
 def in_chunks(gradient: _WrittenOut, chunk_size: int) -> ClientGradient:
@@ -85,7 +100,7 @@ def in_chunks(gradient: _WrittenOut, chunk_size: int) -> ClientGradient:
     mode). Each chunk is computed a second time when its derivative is wanted.
     """
 
-    def chunked(inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def chunked(inputs: Tensor, labels: Tensor, factored: bool = False) -> tuple[Tensor, ...]:
         total = None
         for some, theirs in zip(inputs.split(chunk_size), labels.split(chunk_size), strict=True):
             part = checkpoint(gradient.record(some, theirs), some, theirs, *gradient.constants, use_reentrant=False)
@@ -94,98 +109,3 @@ def in_chunks(gradient: _WrittenOut, chunk_size: int) -> ClientGradient:
         return tuple(total)
 
     return chunked
-
-
-# A convolution is linear in its images and in its weights, so that the derivatives of its two gradients are convolutions again. Autograd's
-# own formula for them computes what nothing needs here, and the one for the weights with kernels as large as the images.
-
-
-def _convolution_backward(output_gradient, inputs, weight, bias_sizes, *options) -> tuple[Tensor | None, ...]:
-    *options, (wants_inputs, wants_weight, wants_bias) = options
-    return (
-        _InputGradient.apply(output_gradient, inputs.detach(), weight, options) if wants_inputs else None,
-        _WeightGradient.apply(output_gradient, inputs, weight.detach(), options) if wants_weight else None,
-        output_gradient.sum(dim=(0, *range(2, output_gradient.ndim))) if wants_bias else None,
-    )
-
-
-class _InputGradient(torch.autograd.Function):
-    """∂⟨output_gradient, conv(inputs, weight)⟩ / ∂inputs: linear in the output gradient and in the weight."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(output_gradient, inputs, weight, options):
-        return _aten.convolution_backward(output_gradient, inputs, weight, None, *options, [True, False, False])[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        output_gradient, _, weight, ctx.options = inputs
-        ctx.save_for_backward(output_gradient, weight)
-
-    @staticmethod
-    def backward(ctx, direction):
-        output_gradient, weight = ctx.saved_tensors
-        to_output = _aten.convolution(direction, weight, None, *ctx.options)
-        to_weight = None
-        if ctx.needs_input_grad[2]:  # only where local training has moved the weights
-            to_weight = _aten.convolution_backward(output_gradient, direction, weight, None, *ctx.options, [False, True, False])[1]
-        return to_output, None, to_weight, None
-
-
-class _WeightGradient(torch.autograd.Function):
-    """∂⟨output_gradient, conv(inputs, weight)⟩ / ∂weight: linear in the output gradient and in the inputs."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(output_gradient, inputs, weight, options):
-        return _aten.convolution_backward(output_gradient, inputs, weight, None, *options, [False, True, False])[1]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        output_gradient, images, _, ctx.options = inputs
-        ctx.save_for_backward(output_gradient, images)
-
-    @staticmethod
-    def backward(ctx, direction):
-        output_gradient, inputs = ctx.saved_tensors
-        to_output = _aten.convolution(inputs, direction, None, *ctx.options)
-        to_inputs = _aten.convolution_backward(output_gradient, inputs, direction, None, *ctx.options, [True, False, False])[0]
-        return to_output, to_inputs, None, None
-
-
-def _batch_norm_backward(output_gradient, inputs, weight, mean, variance, batch_mean, batch_invstd, train, eps, mask):
-    """In eval mode BatchNorm is affine, which autograd's formula for its second derivative makes no use of."""
-    if train or weight is None:
-        return _aten.native_batch_norm_backward(
-            output_gradient, inputs, weight, mean, variance, batch_mean, batch_invstd, train, eps, mask
-        )
-    invstd = (variance + eps).rsqrt()
-    over = (0, *range(2, inputs.ndim))
-    bias_gradient = output_gradient.sum(dim=over)
-    weight_gradient = ((output_gradient * inputs).sum(dim=over) - mean * bias_gradient) * invstd
-    return output_gradient * (weight * invstd).view(-1, *[1] * (inputs.ndim - 2)), weight_gradient, bias_gradient
-
-
-# ReLU and max-pooling are linear in pieces: the second argument says which piece, and the derivative by it is zero. Autograd would add up
-# zeros as large as the layer.
-
-
-def _relu_backward(output_gradient, outputs, threshold):
-    return _aten.threshold_backward(output_gradient, outputs.detach(), threshold)
-
-
-def _max_pool_backward(output_gradient, inputs, *options):
-    return _aten.max_pool2d_with_indices_backward(output_gradient, inputs.detach(), *options)
-
-
-_REPLACED = {
-    _aten.convolution_backward.default: _convolution_backward,
-    _aten.native_batch_norm_backward.default: _batch_norm_backward,
-    _aten.threshold_backward.default: _relu_backward,
-    _aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
-}
-
-for _function in (_InputGradient, _WeightGradient):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # PyTorch asks for it at every call: a tenth of a millisecond

@@ -43,7 +43,7 @@ class GradInversion(InvertingGradients):
         """The seed's images that match the gradient best."""
         groups = variables["images"].detach().chunk(self.seeds)
         with torch.enable_grad():
-            distances = torch.stack([self.distance(view, view.gradients(group, view.labels)).detach() for group in groups])
+            distances = torch.stack([self.distance(view, group).detach() for group in groups])
         return torch.stack(groups)[distances.argmin()]
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class GradInversion(InvertingGradients):
             view.network(images)
         pairs = zip(found, view.update.statistics, strict=True)
         layers = [(a - b).square().mean() for ours, shared in pairs for a, b in zip(ours, shared, strict=True)]
-        return self.distance(view, view.gradients(images, view.labels)), sum(layers) / len(layers)
+        return self.distance(view, images), sum(layers) / len(layers)
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         about = super().assumptions(update)

@@ -1,6 +1,5 @@
 """Inverting Gradients (Geiping et al., NeurIPS 2020): match the gradient's direction, with total variation."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -32,7 +31,7 @@ class InvertingGradients(Attack):
         tensors = list(variables.values())
         gpu = tensors[0].is_cuda  # where a captured step must read its learning rate from GPU memory
         rate = torch.tensor(self.learning_rate, device=tensors[0].device) if gpu else self.learning_rate
-        adam = torch.optim.Adam(tensors, lr=rate, capturable=gpu)
+        adam = torch.optim.Adam(tensors, lr=rate, capturable=gpu, fused=not gpu)
         if self.schedule == "cosine":
             return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.iterations)
         milestones = [self.iterations * eighths // 8 for eighths in (3, 5, 7)]
@@ -40,11 +39,11 @@ class InvertingGradients(Attack):
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
         x = self.candidate(view, variables)
-        distance = self.distance(view, view.gradients(x, view.labels))
-        return {"gradient matching": distance, "total variation": self.tv_weight * total_variation(x)}
+        return {"gradient matching": self.distance(view, x), "total variation": self.tv_weight * total_variation(x)}
 
-    def distance(self, view: View, gradients: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """1 − cos(g, g*), with `masked` over the entries that are not zero in g*."""
+    def distance(self, view: View, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, ""]:
+        """1 − cos(g, g*) of normalised images, with `masked` over the entries that are not zero in g*."""
+        gradients = view.gradients(images, view.labels, factored=not self.masked)
         if self.masked:
             gradients = [gradient * (shared != 0) for gradient, shared in zip(gradients, view.target, strict=True)]
         return cosine_distance(gradients, view.target, view.target_norm)
