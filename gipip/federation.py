@@ -200,7 +200,7 @@ def train_federated(
     settings = {"steps": steps, "batch size": batch_size, "learning rate": learning_rate, "seed": seed}
     settings |= {"model": model_fingerprint(model), "data": images.fingerprint, "defenses": [defense.model_dump() for defense in defenses]}
     path = Path(store) / "clients" / f"{fingerprint({}, canonical_json(settings))[:24]}.safetensors" if store else None
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # convnet16 takes a fifth less time on a CPU
     if path and path.exists():
         model.load_state_dict(read_tensors(path)[0])
         return model.eval()

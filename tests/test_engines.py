@@ -9,7 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gipip
+from gipip.attacks import derivatives
+from gipip.attacks.derivatives import Factored
 from gipip.attacks.engines import choose_engine, client_gradient, in_chunks
+from gipip.attacks.objectives import cosine_distance
 from gipip.errors import EngineError
 from gipip.federation import local_update
 from gipip.models import trainable
@@ -73,9 +76,12 @@ def test_the_traced_gradient_and_its_derivative_are_the_eager_ones_in_float64(na
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["convnet", "lenet", "resnet18"])
-def test_the_traced_derivative_is_the_eager_one_within_float32_rounding(name):
-    (_, expected), (_, found) = _both(_network(name), "traced", dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [("convnet", 1), ("convnet", 3), ("lenet", 3), ("unusual", 3), ("resnet18", 1)],  # with 3, a ReLU's input is zero but for rounding
+)
+def test_the_traced_derivative_is_the_eager_one_within_float32_rounding(name, batch_size):
+    (_, expected), (_, found) = _both(_network(name), "traced", dtype=torch.float32, batch_size=batch_size)
     assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
 
 
@@ -143,9 +149,7 @@ def test_chunks_are_refused_where_they_would_not_be_exact(changes, options):
         gipip.InvertingGradients(iterations=1)(model, update, **{"chunk_size": 1} | options)
 
 
-@pytest.mark.parametrize(
-    ("cuda", "replayable", "engine"), [(True, True, "cudagraph"), (True, False, "traced"), (False, True, "traced")]
-)
+@pytest.mark.parametrize(("cuda", "replayable", "engine"), [(True, True, "cudagraph"), (True, False, "traced"), (False, True, "traced")])
 def test_the_fastest_engine_is_chosen(cuda, replayable, engine):
     assert choose_engine("auto", cuda=cuda, replayable=replayable) == engine
 
@@ -229,3 +233,65 @@ def test_layers_that_work_in_place_are_traced_as_they_are():
 
     expected, found = _both(InPlace(), "traced")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_network_that_depends_on_how_its_tensors_lie_in_memory_is_traced_all_the_same():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.linear = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, stride=2), nn.Linear(8 * 14 * 14, 10)
+
+        def forward(self, x):
+            x = self.first(x)
+            x = x.as_strided((len(x), 4, 30, 30), (3600, 900, 30, 1)).sigmoid()
+            return self.linear(self.second(x).view(len(x), -1).reshape(len(x), 28, 56).view(len(x), -1))
+
+    expected, found = _both(Views(), "traced", dtype=torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 3, "padding": 1, "stride": 2}, {"kernel_size": (1, 2)}, {"kernel_size": 3, "dilation": 2, "bias": False}]
+)
+def test_a_factored_gradient_has_the_products_of_the_whole_one(options, batch_size, monkeypatch):
+    monkeypatch.setattr(derivatives, "_factors_pay", lambda *arguments: True)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 5, **options), nn.Flatten(), nn.LazyLinear(2)).double()
+    images, labels = torch.randn(batch_size, 3, 6, 6, dtype=torch.float64), torch.zeros(batch_size, dtype=torch.long)
+    network(images)
+    target = [torch.randn_like(parameter) for parameter in network.parameters()]
+    gradient = client_gradient(network, trainable(network), None, "traced")
+
+    def distance(factored):
+        variable = images.clone().requires_grad_()
+        gradients = gradient(variable, labels, factored)
+        value = cosine_distance(gradients, target)
+        return gradients[0], value, torch.autograd.grad(value, variable)[0]
+
+    (whole, expected, by_images), (factors, found, found_by_images) = distance(False), distance(True)
+    assert isinstance(whole, torch.Tensor) and isinstance(factors, Factored)
+    torch.testing.assert_close((found, found_by_images), (expected, by_images), rtol=1e-9, atol=1e-11)
+
+
+def test_only_gradients_that_are_results_as_they_are_stay_factored():
+    network, images, labels = gipip.build_model("resnet18").network, torch.randn(1, 3, 32, 32), torch.arange(1)
+    one, several = (client_gradient(network, trainable(network), fedavg, "traced") for fedavg in (None, gipip.FedAvg(steps=2)))
+    kinds = [isinstance(gradient, Factored) for gradient in one(images, labels, factored=True)]
+    assert sum(kinds) == 9  # the last two stages, but for a convolution with 1×1 kernel at 64 positions
+    assert not any(isinstance(gradient, Factored) for gradient in one(images, labels))
+    assert not any(isinstance(gradient, Factored) for gradient in several(images, labels, factored=True))
+
+
+def test_the_cosine_distance_takes_less_arithmetic_than_its_gradients_would():
+    network, images, labels = gipip.build_model("resnet18").network, torch.randn(1, 3, 32, 32), torch.arange(1)
+    gradient = client_gradient(network, trainable(network), None, "traced")
+    target = [torch.randn_like(parameter) for parameter in trainable(network).values()]
+
+    def derivative():
+        variable = images.clone().requires_grad_() * 1
+        torch.autograd.grad(cosine_distance(gradient(variable, labels, factored=True), target), variable)
+
+    derivative()
+    one_pass = _multiplications(lambda: local_update(network, trainable(network), images, labels))
+    assert _multiplications(derivative) < 2.2 * one_pass

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gipip.attacks.checkpoints import Checkpoint
-from gipip.attacks.engines import ClientGradient, Engine, choose_engine, client_gradient, in_chunks
+from gipip.attacks.engines import ClientGradient, Engine, choose_engine, client_gradient, in_chunks, laid_out
 from gipip.attacks.labels import infer_labels
 from gipip.attacks.objectives import norm
 from gipip.attacks.replay import Replay
@@ -61,7 +61,7 @@ class View:
     """All that an attack works with: the network that takes normalised images, the update's gradients, and labels if the attack knows them.
 
     `gradients`: the update that a client with given normalised images and labels (class indices or distributions) would share,
-    differentiable. `update`: all that was shared; its gradients are the `target`. `shape`: of the candidate images. `start`: what an
+    differentiable. `update`: all that was shared; its gradients are the `target`, g*. `shape`: of the candidate images. `start`: what an
     earlier stage of an attack found, for the next one.
     """
 
@@ -70,17 +70,13 @@ class View:
     engine: Engine
     normalize: nn.Module
     update: SharedUpdate
+    target: tuple[Tensor, ...]
     shape: tuple[int, int, int, int]
     classes: int
     labels: Int[Tensor, "batch"] | None
     generator: torch.Generator
     placed: dict[nn.Module, nn.Module] = field(default_factory=dict)
     start: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def target(self) -> tuple[Tensor, ...]:
-        """g*: the shared gradients."""
-        return self.update.gradients
 
     @functools.cached_property
     def target_norm(self) -> Float[Tensor, ""]:
@@ -344,7 +340,8 @@ class Attack(BaseModel):
             if update.labels is not None:
                 _check_labels(update.labels, update.batch_size, classes)
             labels = self.known_labels(model, update)
-            views.append(View(model.network, gradients, engine, model.normalize, update, shape, classes, labels, torch.Generator()))
+            target = laid_out(update.gradients, engine)
+            views.append(View(model.network, gradients, engine, model.normalize, update, target, shape, classes, labels, torch.Generator()))
         return views
 
     def _search(self, views: list[View], together: int, watch=None, watch_every: int = 25, checkpoint=None) -> list[_Attempt]:
@@ -409,8 +406,7 @@ class Attack(BaseModel):
             return vmap(functools.partial(self.terms, first))(state.variables)
 
         def terms(variables: dict[str, Tensor], target: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
-            update = dataclasses.replace(first.update, gradients=target)
-            return self.terms(dataclasses.replace(first, update=update, labels=labels), variables)
+            return self.terms(dataclasses.replace(first, target=target, labels=labels), variables)
 
         return vmap(terms)(state.variables, state.targets, state.labels)
 
@@ -420,7 +416,7 @@ class Attack(BaseModel):
         costs = _costs(terms)
         variables = list(state.variables.values())
         for variable, gradients in zip(variables, torch.autograd.grad(costs.sum(), variables), strict=True):
-            variable.grad = torch.stack([self.direction(gradient) for gradient in gradients])
+            variable.grad = torch.stack([self.direction(gradient) for gradient in gradients]).contiguous()
         state.keep_if_best(costs)
         return {name: term.detach() for name, term in terms.items()}
 

@@ -71,11 +71,11 @@ class Factored:
     which ghost clipping (Li et al., ICLR 2022; layer by layer as in Bu et al., NeurIPS 2022) gets the norm of each image's gradient.
     """
 
-    output_gradient: Float[Tensor, "batch out out_height out_width"]
-    inputs: Float[Tensor, "batch in height width"]
+    output_gradient: Float[Tensor, "batch channels out_height out_width"]
+    inputs: Float[Tensor, "batch input_channels height width"]
     options: list
 
-    def products(self, target: Float[Tensor, "out in kernel_height kernel_width"]) -> tuple[Tensor, Tensor]:
+    def products(self, target: Float[Tensor, "channels input_channels kernel_height kernel_width"]) -> tuple[Tensor, Tensor]:
         """⟨g, target⟩ and ‖g‖², without g."""
         return _FactoredProducts.apply(self.output_gradient, self.inputs, target, self.options)[:2]
 
@@ -90,8 +90,9 @@ def _factors_pay(output_gradient: Tensor, weight: Tensor, options: list) -> bool
 
 
 class _FactoredProducts(Function):
-    """⟨g, T⟩ = ⟨R, T·C⟩ and ‖g‖² = ⟨RᵀR, CᵀC⟩ of g = R·Cᵀ, where R is the output gradient and C the patches of the inputs, with a column for
-    each position of each image.
+    """⟨g, T⟩ = ⟨R, T·C⟩ and ‖g‖² = ⟨RᵀR, CᵀC⟩ of g = R·Cᵀ.
+
+    R is the output gradient and C the patches of the inputs, with a column for each position of each image.
     """
 
     generate_vmap_rule = True
@@ -100,8 +101,9 @@ class _FactoredProducts(Function):
     def forward(output_gradient, inputs, target, options):
         stride, padding, dilation, *_ = options
         rows = _columns(output_gradient.flatten(2))
-        patches = _columns(unfold(inputs, target.shape[2:], dilation, padding, stride))
-        towards, among_rows, among_patches = target.flatten(1) @ patches, rows.T @ rows, patches.T @ patches
+        patches = unfold(inputs, target.shape[2:], dilation, padding, stride).unflatten(1, (target.shape[1], -1))
+        patches = _columns(patches.transpose(1, 2).flatten(1, 2))
+        towards, among_rows, among_patches = _matrix(target) @ patches, rows.T @ rows, patches.T @ patches
         return (rows * towards).sum(), (among_rows * among_patches).sum(), rows, patches, towards, among_rows, among_patches
 
     @staticmethod
@@ -114,11 +116,12 @@ class _FactoredProducts(Function):
     @staticmethod
     def backward(ctx, by_product, by_square, *_):
         target, rows, patches, towards, among_rows, among_patches = ctx.saved_tensors
-        (batch_size, channels, *size), (_, _, *image_size) = ctx.shapes
+        (batch_size, _, *size), (_, channels, *image_size) = ctx.shapes
         stride, padding, dilation, *_ = ctx.options
         to_rows = towards * by_product + rows @ (among_patches * (2 * by_square))
-        to_patches = torch.addmm(patches @ (among_rows * (2 * by_square)), target.flatten(1).T, rows * by_product)
-        to_inputs = fold(to_patches.unflatten(1, (batch_size, -1)).movedim(1, 0), image_size, target.shape[2:], dilation, padding, stride)
+        to_patches = torch.addmm(patches @ (among_rows * (2 * by_square)), _matrix(target).T, rows * by_product)
+        to_patches = to_patches.unflatten(1, (batch_size, -1)).unflatten(0, (-1, channels)).transpose(0, 1).flatten(0, 1).movedim(1, 0)
+        to_inputs = fold(to_patches, image_size, target.shape[2:], dilation, padding, stride)
         return to_rows.unflatten(1, (batch_size, *size)).movedim(1, 0), to_inputs, None, None
 
 
@@ -126,8 +129,13 @@ def _columns(layer: Float[Tensor, "batch channels positions"]) -> Float[Tensor, 
     return layer.movedim(0, 1).flatten(1)
 
 
+def _matrix(weight: Float[Tensor, "channels input_channels kernel_height kernel_width"]) -> Float[Tensor, "channels patch"]:
+    """A view of the weight, where its channels come last in memory."""
+    return weight.movedim(1, -1).flatten(1)
+
+
 def batch_norm_backward(output_gradient, inputs, weight, mean, variance, batch_mean, batch_invstd, train, eps, wanted) -> tuple:
-    """The gradients by inputs, weight and bias. In eval mode BatchNorm is affine, which autograd's own second derivative makes no use of."""
+    """The gradients by inputs, weight and bias. In eval mode BatchNorm is affine, which autograd's second derivative makes no use of."""
     arguments = output_gradient, inputs, weight, mean, variance, batch_mean, batch_invstd, train, eps, wanted
     if train or weight is None or not all(wanted):
         return _aten.native_batch_norm_backward(*arguments)
@@ -176,11 +184,25 @@ def max_pool_backward(output_gradient, inputs, *options):
     return _aten.max_pool2d_with_indices_backward(output_gradient, inputs.detach(), *options)
 
 
+# A recording says how a tensor lay in memory, which need not be how it lies when the recording runs.
+
+
+def _reshape(tensor, shape, stride=None):
+    return tensor.reshape(shape)
+
+
+def _as_strided(tensor, *layout):
+    return tensor.contiguous().as_strided(*layout)
+
+
 INSTEAD = {
     _aten.convolution_backward.default: convolution_backward,
     _aten.native_batch_norm_backward.default: batch_norm_backward,
     _aten.threshold_backward.default: relu_backward,
     _aten.max_pool2d_with_indices_backward.default: max_pool_backward,
+    _aten.view.default: _reshape,
+    _aten._reshape_alias.default: _reshape,
+    _aten.as_strided.default: _as_strided,
 }
 """What to call in place of an operation of a recorded backward pass."""
 

@@ -8,7 +8,7 @@ is what the arithmetic needs. That function can be compiled ("compiled"), or the
 
 import operator
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -52,7 +52,18 @@ def client_gradient(network: nn.Module, parameters: Mapping[str, Tensor], fedavg
         own = dict(zip(parameters, (weight.detach().requires_grad_() for weight in weights), strict=True))
         return local_update(network, own, inputs, labels, fedavg, create_graph=True)
 
-    return _WrittenOut(update, tuple(parameter.detach() for parameter in parameters.values()), engine == "compiled")
+    return _WrittenOut(update, laid_out([parameter.detach() for parameter in parameters.values()], engine), engine == "compiled")
+
+
+def laid_out(weights: Sequence[Tensor], engine: Engine) -> tuple[Tensor, ...]:
+    """Weights, or gradients by them, as the engine reads them fastest: convolutions of oneDNN take a fifth less time with channels last.
+
+    It has none in float64, where PyTorch's own give wrong gradients for some tensors with channels last and several groups (2.14).
+    """
+    if engine != "traced":
+        return tuple(weights)
+    last = (weight.ndim == 4 and weight.dtype == torch.float32 and not weight.is_cuda for weight in weights)
+    return tuple(weight.contiguous(memory_format=torch.channels_last) if it else weight for weight, it in zip(weights, last, strict=True))
 
 
 class _WrittenOut:
@@ -70,7 +81,8 @@ class _WrittenOut:
         factored = factored and not self.compiled
         kind = (inputs.shape, labels.shape, labels.dtype, factored)
         if kind not in self.recorded:
-            recorded = make_fx(self.function)(inputs.detach(), labels.detach(), *self.constants)
+            plain = (tensor.detach().contiguous() for tensor in (inputs, labels, *self.constants))  # as the network may take for granted
+            recorded = make_fx(self.function)(*plain)
             for node in recorded.graph.nodes:
                 node.target = INSTEAD.get(node.target, node.target)
                 if node.target is _aten.alias.default:  # what `detach` leaves in a recording: the same tensor

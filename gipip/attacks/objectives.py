@@ -9,7 +9,9 @@ from torch import Tensor
 from gipip.attacks.derivatives import Factored
 
 
-def cosine_distance(gradients: Sequence[Tensor | Factored], target: Sequence[Tensor], target_norm: Tensor | None = None) -> Float[Tensor, ""]:
+def cosine_distance(
+    gradients: Sequence[Tensor | Factored], target: Sequence[Tensor], target_norm: Tensor | None = None
+) -> Float[Tensor, ""]:
     """1 − cos(g, g*), one angle over all parameters concatenated (Geiping et al. 2020, eq. 4); in [0, 2].
 
     `target_norm`: ‖g*‖, when it is known.
@@ -24,8 +26,9 @@ def cosine_distance(gradients: Sequence[Tensor | Factored], target: Sequence[Ten
 
 
 def norm(gradients: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """‖g‖ over all parameters."""
-    return sum(map(_dot, gradients, gradients)).sqrt()
+    """‖g‖ over all parameters, without the rounding of millions of sums."""
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
+    return torch.linalg.vector_norm(norms).to(gradients[0].dtype)
 
 
 class _Products(torch.autograd.Function):
@@ -35,8 +38,8 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(count, *tensors):
-        gradients, target = ([tensor.flatten() for tensor in some] for some in (tensors[:count], tensors[count:]))
-        return torch.stack(list(map(torch.dot, gradients, target))).sum(), torch.stack(list(map(torch.dot, gradients, gradients))).sum()
+        gradients, target = tensors[:count], tensors[count:]
+        return torch.stack(list(map(_dot, gradients, target))).sum(), torch.stack(list(map(_dot, gradients, gradients))).sum()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -51,7 +54,10 @@ class _Products(torch.autograd.Function):
 
 
 def _dot(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
-    """Σ a·b, without a product as large as they are."""
+    """Σ a·b, without a product as large as they are, in the order in which a's numbers lie in memory."""
+    if a.ndim > 2:
+        order = sorted(range(a.ndim), key=a.stride, reverse=True)
+        a, b = a.permute(order), b.permute(order)
     return torch.dot(a.flatten(), b.flatten())
 
 
