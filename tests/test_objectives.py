@@ -140,7 +140,7 @@ def test_gradient_matching_is_zero_at_the_truth_and_not_with_wrong_labels(data, 
     model, batch, attack = build_model(network), data.private(batch_size=2), InvertingGradients(tv_weight=0)
     view = attack._view(model, Client(model).share(batch, mode=mode))
     truth = {"images": model.normalize(batch.images)}
-    assert attack.terms(view, truth)["gradient matching"].abs() < 1e-5
+    assert attack.terms(view, truth)["gradient matching"].abs() < 1e-4  # some ReLUs' inputs are zero but for rounding
     view.labels = (batch.labels + 1) % 10
     assert attack.terms(view, truth)["gradient matching"] > 0.1
 

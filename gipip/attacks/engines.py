@@ -1,9 +1,10 @@
 """How an attack computes the client's gradient, which it then differentiates once more.
 
 Autograd's double backward ("eager") spends 8 forward passes' worth of multiplications an iteration. Written out once as a plain function
-of the images, the gradient is differentiated like any other function ("traced"): the weights are constants there, so 7 are left, which
-is what the arithmetic needs. That function can be compiled ("compiled"), or the whole iteration captured and replayed on a GPU
-("cudagraph", see `gipip.attacks.replay`). All give the same numbers within rounding.
+of the images, the gradient is differentiated like any other function ("traced"): the weights are constants there, so 7 are left, and
+fewer for a cost that asks only for products with the gradient, which late layers then need not form (see `gipip.attacks.derivatives`).
+That function can be compiled ("compiled"), or the whole iteration captured and replayed on a GPU ("cudagraph", see
+`gipip.attacks.replay`). All give the same numbers within rounding.
 """
 
 import operator
@@ -22,8 +23,11 @@ from gipip.errors import EngineError
 from gipip.federation import FedAvg, local_update
 
 Engine = Literal["eager", "traced", "compiled", "cudagraph"]
-ClientGradient = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""Normalised images and their labels (class indices or distributions) → the update that a client with these would share."""
+ClientGradient = Callable[..., tuple[Tensor | Factored, ...]]
+"""Normalised images and their labels (class indices or distributions) → the update that a client with these would share.
+
+With `factored=True` some of its tensors may come as `Factored`, for who needs only their products with others.
+"""
 
 _aten = torch.ops.aten
 
