@@ -33,7 +33,7 @@ class Autoencoder(nn.Module):
         pairs = list(itertools.pairwise(channels))
         down = [layer for i, o in pairs for layer in (nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.ReLU())]
         up = [layer for i, o in reversed(pairs) for layer in (nn.ConvTranspose2d(o, i, kernel_size=4, stride=2, padding=1), nn.ReLU())]
-        self.layers = nn.Sequential(*down, *up[:-1], nn.Sigmoid()).to(memory_format=torch.channels_last)  # a fifth less time on a CPU
+        self.layers = nn.Sequential(*down, *up[:-1], nn.Sigmoid())
         self.width, self.depth = width, depth
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
@@ -48,7 +48,7 @@ class AnomalyScore(nn.Module):
 
     def __init__(self, autoencoder: Autoencoder, offset: float = 0.0, provenance: dict | None = None):
         super().__init__()
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.autoencoder = autoencoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # a fifth less time on a CPU
         self.offset = float(offset)
         self.provenance = provenance or {}
 
@@ -155,7 +155,7 @@ def _split(auxiliary: LabeledImages, validation_fraction: float, generator: torc
 def _untrained(width: int, depth: int, seed: int) -> Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
-        return Autoencoder(width, depth)
+        return Autoencoder(width, depth).to(memory_format=torch.channels_last)  # a fifth less time on a CPU
 
 
 @dataclass(eq=False)
