@@ -4,9 +4,9 @@
     python benchmarks/iteration.py --device cuda        # on an NVIDIA GPU, where "cudagraph" is measured too
     python benchmarks/iteration.py --models lenet --iterations 5      # does it work at all?
 
-After every iteration the client's own forward and backward pass is timed, so that both see the same moment of a busy machine. The
-arithmetic needs 7/3 of it: a forward pass, twice as much backward, and four times as much for the derivative of that by the images. Adds
-to benchmarks/results/iteration.json, where rows of another machine stay.
+After every iteration the client's own forward and backward pass is timed, so that both see the same moment of a busy machine. Where all
+gradients are formed the arithmetic needs 7/3 of it: a forward pass, twice as much backward, and four times as much for the derivative of
+that by the images. Adds to benchmarks/results/iteration.json, where rows of another machine stay.
 """
 
 import argparse

@@ -26,12 +26,15 @@ def iterations() -> list[str]:
     rows = []
     for (machine, model, size, attack), part in frame.groupby(["machine", "model", "batch size", "attack"], sort=False):
         cells = part.set_index("engine")
-        found = [f"{row['passes']:.2f} ({row['iteration ms']:.0f} ms)" for _, row in cells.iterrows()]
+        found = [f"{row['passes']:.2f} [{row['passes low']:.2f}, {row['passes high']:.2f}]" for _, row in cells.iterrows()]
         by_engine = dict(zip(cells.index, found, strict=True))
-        about = [machine, model, str(size), attack]
+        about = [machine, model, str(size), f"{part['pass ms'].median():.0f} ms", attack]
         rows.append([*about, *(by_engine.get(engine, "") for engine in ("eager", "traced", "compiled", "cudagraph")), part["date"].max()])
-    text = "**An iteration** in forward and backward passes of the client, timed in turn, and in ms (medians; the arithmetic needs 2.33):"
-    return [text, "", *table(["machine", "network", "B", "attack", "eager", "traced", "compiled", "cudagraph", "date"], rows)]
+    text = (
+        "**An iteration** in forward and backward passes of the client, timed in turn (medians and quartiles; the arithmetic needs 2.33 "
+        "where all gradients are formed):"
+    )
+    return [text, "", *table(["machine", "network", "B", "a pass", "attack", "eager", "traced", "compiled", "cudagraph", "date"], rows)]
 
 
 def memory() -> list[str]:
