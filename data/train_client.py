@@ -1,11 +1,14 @@
-"""Trains a client's model and keeps it after some epochs of one training: client-DATASET-NETWORK.safetensors.
+"""Trains a client's model and keeps it after some epochs of one training:
+client-DATASET-NETWORK.safetensors.
 
-`python data/train_client.py cifar10 convnet16` makes the one that ships: epochs 0, 40, 60, 80 and 100, about an hour and a half on one
-CPU core. Run `gipip data cifar10` first. The training images are the half of CIFAR-10's training split that the attacker's auxiliary draws
-of up to 50 % (seed 0) do not touch.
+`python data/train_client.py cifar10 convnet16` makes the one that ships: epochs 0, 40,
+60, 80 and 100, about an hour and a half on one CPU core. Run `gipip data cifar10`
+first. The training images are the half of CIFAR-10's training split that the attacker's
+auxiliary draws of up to 50 % (seed 0) do not touch.
 
-`python data/train_client.py imagenet64 resnet18 --images FOLDER` trains on photographs in the layout FOLDER/class/image, nine tenths of
-them, and puts the file into the cache folder: with ResNet18 and the same epochs it takes a GPU. `--epochs 0 2 5 10` for fewer.
+`python data/train_client.py imagenet64 resnet18 --images FOLDER` trains on photographs
+in the layout FOLDER/class/image, nine tenths of them, and puts the file into the cache
+folder: with ResNet18 and the same epochs it takes a GPU. `--epochs 0 2 5 10` for fewer.
 """
 
 import argparse
@@ -14,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from gipip.data import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset, stratified
-from gipip.download import cache_folder
-from gipip.experiments import provenance
+from gipip.data.datasets import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset, stratified
+from gipip.data.download import cache_folder
+from gipip.data.imagenet import CLASSES, SIZE
+from gipip.experiments.sweep import provenance
+from gipip.federation.models import accuracy, build_model, train_client
 from gipip.files import DATA, write_tensors
-from gipip.imagenet import CLASSES, SIZE
-from gipip.models import accuracy, build_model, train_client
 
 
 def main() -> None:
@@ -27,15 +30,41 @@ def main() -> None:
     parser.add_argument("dataset", choices=["cifar10", "imagenet64"])
     parser.add_argument("network")
     parser.add_argument("--images", type=Path, help="folder of photographs, for imagenet64")
-    parser.add_argument("--epochs", type=int, nargs="+", default=[0, 40, 60, 80, 100], help="after which the model is kept")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        nargs="+",
+        default=[0, 40, 60, 80, 100],
+        help="after which the model is kept",
+    )
     options = parser.parse_args()
     if options.dataset == "imagenet64" and options.images is None:
         parser.error("imagenet64 needs --images FOLDER, in the layout FOLDER/class/image")
-    training, test, classes, input_ = _cifar10() if options.dataset == "cifar10" else _photographs(options.images)
+    training, test, classes, input_ = (
+        _cifar10() if options.dataset == "cifar10" else _photographs(options.images)
+    )
     folder = DATA if options.dataset == "cifar10" else cache_folder()
-    about = {"model": options.network, "num_classes": classes, "input": input_, "data": training.fingerprint, "images": len(training)}
-    about |= {"command": f"python data/train_client.py {options.dataset} {options.network}", "test images": len(test), "made": provenance()}
-    print(train(folder / f"client-{options.dataset}-{options.network}.safetensors", training, test, options.epochs, about))
+    about = {
+        "model": options.network,
+        "num_classes": classes,
+        "input": input_,
+        "data": training.fingerprint,
+        "images": len(training),
+    }
+    about |= {
+        "command": f"python data/train_client.py {options.dataset} {options.network}",
+        "test images": len(test),
+        "made": provenance(),
+    }
+    print(
+        train(
+            folder / f"client-{options.dataset}-{options.network}.safetensors",
+            training,
+            test,
+            options.epochs,
+            about,
+        )
+    )
 
 
 def _cifar10() -> tuple[LabeledImages, LabeledImages, int, dict]:
@@ -46,10 +75,17 @@ def _cifar10() -> tuple[LabeledImages, LabeledImages, int, dict]:
 
 def _photographs(root: Path) -> tuple[LabeledImages, LabeledImages, int, dict]:
     data = load_dataset("folder", root=root, size=SIZE, auxiliary_fraction=0.0, tuning_fraction=0.1)
-    return data.private_pool, data.tuning_pool, CLASSES, {"image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return (
+        data.private_pool,
+        data.tuning_pool,
+        CLASSES,
+        {"image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    )
 
 
-def train(target: Path, training: LabeledImages, test: LabeledImages, epochs: list[int], about: dict) -> Path:
+def train(
+    target: Path, training: LabeledImages, test: LabeledImages, epochs: list[int], about: dict
+) -> Path:
     """Train for the last of the `epochs`, and keep the model after each of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
@@ -59,10 +95,16 @@ def train(target: Path, training: LabeledImages, test: LabeledImages, epochs: li
     for epoch in range(max(epochs) + 1):
         loss = next(losses) if epoch else None
         if epoch in epochs:
-            tensors |= {f"{epoch}/{name}": value.contiguous().clone() for name, value in model.state_dict().items()}
+            tensors |= {
+                f"{epoch}/{name}": value.contiguous().clone()
+                for name, value in model.state_dict().items()
+            }
             about["accuracy"][str(epoch)], about["loss"][str(epoch)] = accuracy(model, test), loss
             about["minutes"] = round((time.perf_counter() - started) / 60, 1)
-            print(f"epoch {epoch}: loss {loss}, accuracy {about['accuracy'][str(epoch)]:.4f}", flush=True)
+            print(
+                f"epoch {epoch}: loss {loss}, accuracy {about['accuracy'][str(epoch)]:.4f}",
+                flush=True,
+            )
             write_tensors(target, tensors, about)
     return target
 

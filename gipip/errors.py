@@ -1,4 +1,6 @@
-"""Errors a user can act on: each message says what was wrong, what was expected and what to do."""
+"""Errors a user can act on: each message says what was wrong, what was expected and
+what to do.
+"""
 
 
 class GipipError(Exception):
@@ -46,7 +48,9 @@ class SweepError(GipipError):
 
 
 class OutOfTime(GipipError):
-    """The time given was over before all was done. What is done is kept, and the same call goes on from there."""
+    """The time given was over before all was done. What is done is kept, and the same
+    call goes on from there.
+    """
 
 
 class ProfileError(GipipError):

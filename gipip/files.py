@@ -1,6 +1,7 @@
 """Tensors on disk: written whole or not at all, verified when read, never pickled.
 
-The embedded images, trained weights and results are all `safetensors` files written by `write_tensors`.
+The embedded images, trained weights and results are all `safetensors` files written by
+`write_tensors`.
 """
 
 import hashlib
@@ -19,20 +20,30 @@ from gipip.errors import DamagedFileError, DataError
 
 _PACKAGE = Path(__file__).parent
 DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent / "data"
-"""Folder of the files that ship with gipip: `data/` of a checkout, `gipip/_data/` of an installed wheel."""
+"""Folder of the files that ship with gipip: `data/` of a checkout, `gipip/_data/` of an
+installed wheel.
+"""
 
 
 def shipped(kind: str, name: str, advice: str) -> Path:
-    """The file DATA/`kind`-`name`.safetensors; DataError, listing what there is and ending with `advice`, if it does not ship."""
+    """The file DATA/`kind`-`name`.safetensors; DataError, listing what there is and
+    ending with `advice`, if it does not ship.
+    """
     path = DATA / f"{kind}-{name}.safetensors"
     if not path.exists():
-        known = ", ".join(sorted(path.stem.removeprefix(f"{kind}-") for path in DATA.glob(f"{kind}-*.safetensors")))
+        known = ", ".join(
+            sorted(
+                path.stem.removeprefix(f"{kind}-") for path in DATA.glob(f"{kind}-*.safetensors")
+            )
+        )
         raise DataError(f"No {kind} {name!r} ships with gipip. Known: {known or 'none'}. {advice}")
     return path
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
-    """SHA-256 (64 hex digits) of named tensors (names, types, shapes, bytes) and an optional text."""
+    """SHA-256 (64 hex digits) of named tensors (names, types, shapes, bytes) and an
+    optional text.
+    """
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().cpu().contiguous().numpy()
@@ -47,7 +58,8 @@ def canonical_json(value) -> str:
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> Path:
-    """Write tensors and JSON metadata under a temporary name, then rename: readers see all of it or nothing.
+    """Write tensors and JSON metadata under a temporary name, then rename: readers see
+    all of it or nothing.
 
     Equal input gives equal bytes. Raises OSError when the folder cannot be written.
     """
@@ -55,9 +67,13 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = canonical_json(metadata)
     header = {"metadata": text, "sha256": fingerprint(tensors, text)}
-    content = safetensors.torch.save(tensors, {"gipip": canonical_json(header)})  # one entry: safetensors writes several in random order
+    content = safetensors.torch.save(
+        tensors, {"gipip": canonical_json(header)}
+    )  # one entry: safetensors writes several in random order
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+    ) as file:
         try:
             file.write(content)
             file.flush()
@@ -71,21 +87,29 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
 
 
 def read_metadata(path: Path | str) -> dict:
-    """Metadata alone of a file by `write_tensors`: quick, but not verified. Raises DamagedFileError if it cannot be read."""
+    """Metadata alone of a file by `write_tensors`: quick, but not verified. Raises
+    DamagedFileError if it cannot be read.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return json.loads(json.loads(file.metadata()["gipip"])["metadata"])
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(f"{path} was not written by gipip, or is damaged ({error}).") from error
+        raise DamagedFileError(
+            f"{path} was not written by gipip, or is damaged ({error})."
+        ) from error
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to NAME.damaged-TIME, so that it is neither trusted nor lost; its new path."""
+    """Rename a damaged file to NAME.damaged-TIME, so that it is neither trusted nor
+    lost; its new path.
+    """
     return path.rename(path.with_suffix(f".damaged-{time.time_ns()}"))
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and metadata of a file by `write_tensors`; `DamagedFileError` if a single bit differs from what was written."""
+    """Tensors and metadata of a file by `write_tensors`; `DamagedFileError` if a single
+    bit differs from what was written.
+    """
     path = Path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -94,9 +118,15 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise DamagedFileError(f"{path} is no readable safetensors file ({error}). Delete it and make or download it again.") from error
+        raise DamagedFileError(
+            f"{path} is no readable safetensors file ({error}). Delete it and make or download it again."
+        ) from error
     if "sha256" not in header or "metadata" not in header:
-        raise DamagedFileError(f"{path} was not written by gipip: it has no checksum. Expected a file from gipip's write_tensors.")
+        raise DamagedFileError(
+            f"{path} was not written by gipip: it has no checksum. Expected a file from gipip's write_tensors."
+        )
     if fingerprint(tensors, header["metadata"]) != header["sha256"]:
-        raise DamagedFileError(f"{path} does not match its checksum: it was altered or cut short. Delete it and make or download it again.")
+        raise DamagedFileError(
+            f"{path} does not match its checksum: it was altered or cut short. Delete it and make or download it again."
+        )
     return tensors, json.loads(header["metadata"])

@@ -1,4 +1,6 @@
-"""How nbval runs these notebooks: headless, in this environment's kernel; warnings, progress and HTML tables are not compared."""
+"""How nbval runs these notebooks: headless, in this environment's kernel; warnings,
+progress and HTML tables are not compared.
+"""
 
 import os
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import gipip
-from gipip.anomalies import anomalies, auroc
 from gipip.attacks.objectives import total_variation
+from gipip.evaluation.anomalies import anomalies, auroc
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +41,20 @@ def test_the_same_seed_gives_the_same_anomalies(natural):
 
 
 def test_auroc_counts_the_pairs_in_which_the_anomaly_scores_higher():
-    # pairs (natural, anomalous): 1<2, 1<4, 3>2, 3<4 → three of four; scores far outside [0, 1] must not matter
+    # pairs (natural, anomalous): 1<2, 1<4, 3>2, 3<4 → three of four; scores far outside
+    # [0, 1] must not matter
     assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])) == pytest.approx(0.75)
     assert auroc(torch.tensor([-1e-6, 5e3]), torch.tensor([1e4])) == 1
     assert auroc(torch.tensor([1.0]), torch.tensor([1.0])) == pytest.approx(0.5)
 
 
-def test_the_shipped_prior_scores_noise_and_blurred_images_as_anomalies_with_its_calibrated_offset(natural):
+def test_the_shipped_prior_scores_noise_and_blurred_images_as_anomalies_with_its_calibrated_offset(
+    natural,
+):
     prior = gipip.load_prior()
     spoiled = anomalies(natural)
     assert auroc(prior(natural), prior(spoiled["noise"])) > 0.99
     assert auroc(prior(natural), prior(spoiled["blurred"])) > 0.8
-    assert auroc(prior.with_offset(0)(natural), prior.with_offset(0)(spoiled["blurred"])) < 0.1  # which is what c is for
+    assert (
+        auroc(prior.with_offset(0)(natural), prior.with_offset(0)(spoiled["blurred"])) < 0.1
+    )  # which is what c is for

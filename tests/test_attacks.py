@@ -1,4 +1,6 @@
-"""The optimisation loop, the attacks on real images, and what happens when something is wrong."""
+"""The optimisation loop, the attacks on real images, and what happens when something is
+wrong.
+"""
 
 import dataclasses
 import itertools
@@ -10,12 +12,12 @@ import torch
 from torch import nn
 
 from gipip.attacks import ATTACKS, DLG, GIPIP, InvertingGradients
-from gipip.data import LabeledImages, load_dataset
-from gipip.defenses import Clipping, GaussianNoise, Sparsification
+from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import BatchSizeError, DataError, LabelError, UpdateError
-from gipip.federation import Client, FedAvg
-from gipip.metrics import psnr
-from gipip.models import build_model, client_model, model_fingerprint
+from gipip.evaluation.metrics import psnr
+from gipip.federation.client import Client, FedAvg
+from gipip.federation.defenses import Clipping, GaussianNoise, Sparsification
+from gipip.federation.models import build_model, client_model, model_fingerprint
 from gipip.priors import AnomalyScore, Autoencoder, load_prior
 
 
@@ -29,7 +31,9 @@ def tiny():
     """A network on 8×8 images that takes a millisecond a step, and the update of two images."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)
+    )
     model = client_model(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
     batch = LabeledImages(torch.rand(2, 3, 8, 8, generator=generator), torch.tensor([1, 4]))
     return model, Client(model).share(batch), batch
@@ -42,19 +46,26 @@ def prior():
 
 
 def constant(images):
-    """The constant image nearest to each image: nothing an attacker knows, and the best that no detail can give."""
+    """The constant image nearest to each image: nothing an attacker knows, and the best
+    that no detail can give.
+    """
     return images.mean(dim=(2, 3), keepdim=True).expand_as(images)
 
 
-# Attacks on real images --------------------------------------------------------------------------------------------------------------
+# Attacks on real images --------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("attack", [InvertingGradients(iterations=100), GIPIP(prior=load_prior().with_offset(0), iterations=100)])
+@pytest.mark.parametrize(
+    "attack",
+    [InvertingGradients(iterations=100), GIPIP(prior=load_prior().with_offset(0), iterations=100)],
+)
 def test_the_attacks_beat_the_best_constant_image_by_4_decibels_on_the_convnet(data, attack, seed):
     model, batch = build_model("convnet"), data.private(seed=seed)
     images = attack(model, Client(model).share(batch)).images
-    assert psnr(images, batch.images) > psnr(constant(batch.images), batch.images) + 4  # measured: 6 to 10 dB
+    assert (
+        psnr(images, batch.images) > psnr(constant(batch.images), batch.images) + 4
+    )  # measured: 6 to 10 dB
 
 
 def test_dlg_recovers_a_real_image_and_its_label_on_the_sigmoid_lenet(data):
@@ -85,51 +96,82 @@ def test_an_attack_works_on_a_client_that_trains_locally_and_knows_how(tiny):
     result = InvertingGradients(iterations=60)(model, update)
     assert result.cost < sum(values[0] for values in result.history.values()) / 2
     assert result.assumptions["local training"] == "3 steps, mini-batches in a known order"
-    assert InvertingGradients().assumptions(Client(model).share(batch))["local training"] == "none (FedSGD)"
+    assert (
+        InvertingGradients().assumptions(Client(model).share(batch))["local training"]
+        == "none (FedSGD)"
+    )
 
 
-def test_the_assumptions_name_the_defences_in_their_order_and_whether_only_non_zero_entries_are_matched(tiny):
+def test_the_assumptions_name_the_defences_in_their_order_and_whether_only_non_zero_entries_are_matched(
+    tiny,
+):
     model, update, batch = tiny
-    defended = Client(model).share(batch, defenses=[Sparsification(sparsity=0.5), Clipping(max_norm=1)])
+    defended = Client(model).share(
+        batch, defenses=[Sparsification(sparsity=0.5), Clipping(max_norm=1)]
+    )
     assert InvertingGradients().assumptions(update)["defence"] == "none"
     assert InvertingGradients().assumptions(defended)["defence"] == "sparsity 0.5, then clip 1"
-    assert InvertingGradients(masked=True).assumptions(defended)["defence"] == "sparsity 0.5, then clip 1; only non-zero entries matched"
+    assert (
+        InvertingGradients(masked=True).assumptions(defended)["defence"]
+        == "sparsity 0.5, then clip 1; only non-zero entries matched"
+    )
 
 
 def test_masked_matching_ends_at_a_lower_cost_behind_a_sparsified_gradient(tiny):
     model, _, batch = tiny
     update = Client(model).share(batch, defenses=[Sparsification(sparsity=0.9)])
-    masked, plain = (InvertingGradients(masked=choice, iterations=60, tv_weight=0)(model, update).cost for choice in (True, False))
+    masked, plain = (
+        InvertingGradients(masked=choice, iterations=60, tv_weight=0)(model, update).cost
+        for choice in (True, False)
+    )
     assert masked < plain
 
 
 def test_an_attack_on_noise_alone_still_gives_images(tiny):
     model, _, batch = tiny
-    result = InvertingGradients(iterations=5)(model, Client(model).share(batch, defenses=[GaussianNoise(std=100)]))
+    result = InvertingGradients(iterations=5)(
+        model, Client(model).share(batch, defenses=[GaussianNoise(std=100)])
+    )
     assert torch.isfinite(result.images).all()
 
 
-# What comes back ---------------------------------------------------------------------------------------------------------------------
+# What comes back ---------------------------------------------------------------
 
 
 def attacks(prior):
-    return [InvertingGradients(iterations=23), GIPIP(prior=prior, iterations=23), DLG(iterations=23, learning_rate=0.1)]
+    return [
+        InvertingGradients(iterations=23),
+        GIPIP(prior=prior, iterations=23),
+        DLG(iterations=23, learning_rate=0.1),
+    ]
 
 
 def test_images_are_float32_in_0_1_of_the_batchs_shape(tiny, prior):
     for attack in attacks(prior):
         images = attack(*tiny[:2]).images
-        assert images.shape == (2, 3, 8, 8) and images.dtype == torch.float32 and not images.requires_grad
+        assert (
+            images.shape == (2, 3, 8, 8)
+            and images.dtype == torch.float32
+            and not images.requires_grad
+        )
         assert images.min() >= 0 and images.max() <= 1
 
 
-def test_history_has_every_term_before_each_iteration_and_after_the_last_and_sums_to_the_cost(tiny, prior):
-    terms = [{"gradient matching", "total variation"}, {"gradient matching", "total variation", "anomaly score"}, {"gradient matching"}]
+def test_history_has_every_term_before_each_iteration_and_after_the_last_and_sums_to_the_cost(
+    tiny, prior
+):
+    terms = [
+        {"gradient matching", "total variation"},
+        {"gradient matching", "total variation", "anomaly score"},
+        {"gradient matching"},
+    ]
     for attack, names in zip(attacks(prior), terms, strict=True):
         result = attack(*tiny[:2])
         assert set(result.history) == names
         assert all(values.shape == (24,) for values in result.history.values())
-        assert sum(values[-1].item() for values in result.history.values()) == pytest.approx(result.cost, rel=1e-5)
+        assert sum(values[-1].item() for values in result.history.values()) == pytest.approx(
+            result.cost, rel=1e-5
+        )
 
 
 def test_history_ends_with_the_cost_of_the_returned_images(tiny):
@@ -142,13 +184,19 @@ def test_history_ends_with_the_cost_of_the_returned_images(tiny):
 
 
 def test_the_cost_of_a_weighted_term_is_proportional_to_its_weight(tiny, prior):
-    single, double = (GIPIP(prior=prior, iterations=1, tv_weight=w, as_weight=3 * w)(*tiny[:2]).history for w in (0.1, 0.2))
+    single, double = (
+        GIPIP(prior=prior, iterations=1, tv_weight=w, as_weight=3 * w)(*tiny[:2]).history
+        for w in (0.1, 0.2)
+    )
     for term in ("total variation", "anomaly score"):
         torch.testing.assert_close(double[term][0], 2 * single[term][0])
 
 
 def test_without_anomaly_score_gipip_is_inverting_gradients(tiny, prior):
-    plain, scored = InvertingGradients(iterations=9)(*tiny[:2]), GIPIP(prior=prior, as_weight=0, iterations=9)(*tiny[:2])
+    plain, scored = (
+        InvertingGradients(iterations=9)(*tiny[:2]),
+        GIPIP(prior=prior, as_weight=0, iterations=9)(*tiny[:2]),
+    )
     assert torch.equal(plain.images, scored.images)
 
 
@@ -164,7 +212,9 @@ def test_every_iterate_stays_in_the_box(tiny):
 
     Watched(iterations=30, learning_rate=5.0)(model, update)
     assert len(extremes) == 30
-    assert min(low for low, _ in extremes) >= -1e-6 and max(high for _, high in extremes) <= 1 + 1e-6
+    assert (
+        min(low for low, _ in extremes) >= -1e-6 and max(high for _, high in extremes) <= 1 + 1e-6
+    )
 
 
 def test_the_last_iterate_or_the_one_of_lowest_cost_is_returned_as_asked(tiny):
@@ -179,7 +229,9 @@ def test_the_last_iterate_or_the_one_of_lowest_cost_is_returned_as_asked(tiny):
     last, lowest = results
     costs = sum(last.history.values())
     assert (last.returned, lowest.returned) == ("last iterate", "lowest attacker-visible cost")
-    assert last.cost == pytest.approx(costs[-1].item()) and lowest.cost == pytest.approx(costs.min().item())
+    assert last.cost == pytest.approx(costs[-1].item()) and lowest.cost == pytest.approx(
+        costs.min().item()
+    )
     assert 20 < costs.argmin() < 50 and not torch.equal(lowest.images, last.images)
 
 
@@ -193,7 +245,9 @@ def test_the_restart_of_lowest_cost_is_returned(tiny):
 
 def test_the_same_seed_gives_identical_images_and_another_seed_others(tiny, prior):
     for kind in (InvertingGradients, DLG):
-        first, again, other = (kind(iterations=5, seed=seed)(*tiny[:2]).images for seed in (1, 1, 2))
+        first, again, other = (
+            kind(iterations=5, seed=seed)(*tiny[:2]).images for seed in (1, 1, 2)
+        )
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -213,7 +267,11 @@ def test_an_attack_leaves_the_model_the_update_and_the_prior_untouched(tiny, pri
     model, _, batch = tiny
     model.train()  # an own network often is
     update = Client(model).share(batch, mode=mode, labels=labels)
-    before = model_fingerprint(model), prior.fingerprint, [gradient.clone() for gradient in update.gradients]
+    before = (
+        model_fingerprint(model),
+        prior.fingerprint,
+        [gradient.clone() for gradient in update.gradients],
+    )
     GIPIP(prior=prior, iterations=3)(model, update)
     assert (model_fingerprint(model), prior.fingerprint) == before[:2] and model.training
     assert all(map(torch.equal, update.gradients, before[2]))
@@ -224,7 +282,10 @@ def test_an_attack_works_in_double_precision(tiny, prior):
     model, _, batch = tiny
     double = client_model(model.network, (0.5,) * 3, (0.25,) * 3).double()
     result = GIPIP(prior=prior, iterations=2)(double, Client(double).share(batch))
-    assert result.history["anomaly score"].dtype == torch.float64 and result.images.dtype == torch.float32
+    assert (
+        result.history["anomaly score"].dtype == torch.float64
+        and result.images.dtype == torch.float32
+    )
 
 
 def test_an_attack_works_when_parameters_are_frozen(tiny):
@@ -236,19 +297,30 @@ def test_an_attack_works_when_parameters_are_frozen(tiny):
 
 
 def test_dlg_needs_no_labels_and_so_no_layer_to_infer_them_from():
-    model = client_model(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Sigmoid(), nn.Flatten()), mean=(0.5,) * 3, std=(0.25,) * 3)
-    update = Client(model).share(LabeledImages(torch.rand(1, 3, 8, 8), torch.tensor([2])), labels="withheld")
+    model = client_model(
+        nn.Sequential(nn.Conv2d(3, 4, 8), nn.Sigmoid(), nn.Flatten()),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+    )
+    update = Client(model).share(
+        LabeledImages(torch.rand(1, 3, 8, 8), torch.tensor([2])), labels="withheld"
+    )
     assert DLG(iterations=2)(model, update).labels.shape == (1,)
 
 
-# Watching and stopping ---------------------------------------------------------------------------------------------------------------
+# Watching and stopping ---------------------------------------------------------
 
 
 def test_watch_sees_the_candidate_and_the_cost_as_often_as_asked(tiny):
     seen = []
-    InvertingGradients(iterations=20)(*tiny[:2], watch=lambda *call: seen.append(call), watch_every=6)
+    InvertingGradients(iterations=20)(
+        *tiny[:2], watch=lambda *call: seen.append(call), watch_every=6
+    )
     assert [iteration for iteration, _, _ in seen] == [6, 12, 18]
-    assert all(images.shape == (2, 3, 8, 8) and images.min() >= 0 and images.max() <= 1 for _, images, _ in seen)
+    assert all(
+        images.shape == (2, 3, 8, 8) and images.min() >= 0 and images.max() <= 1
+        for _, images, _ in seen
+    )
     assert all(isinstance(cost, float) for _, _, cost in seen)
 
 
@@ -266,7 +338,9 @@ def test_stopping_gives_back_what_there_is_and_starts_no_further_restart(tiny, s
         if iteration == 8:
             raise stop
 
-    result = InvertingGradients(iterations=100, restarts=3)(*tiny[:2], together=1, watch=watch, watch_every=4)
+    result = InvertingGradients(iterations=100, restarts=3)(
+        *tiny[:2], together=1, watch=watch, watch_every=4
+    )
     assert torch.equal(result.images, seen[-1]) and len(result.restart_costs) == 1
     assert len(result.history["total variation"]) == 9
     assert result.notes == ("stopped by the user after 8 of 100 iterations",)
@@ -280,7 +354,7 @@ def test_an_error_in_watch_is_not_hidden(tiny):
         InvertingGradients(iterations=5)(*tiny[:2], watch=watch, watch_every=1)
 
 
-# Costs that are not finite -----------------------------------------------------------------------------------------------------------
+# Costs that are not finite -----------------------------------------------------
 
 
 class BlowsUp(AnomalyScore):
@@ -296,7 +370,10 @@ class BlowsUp(AnomalyScore):
 
 
 def test_a_cost_that_turns_nan_is_reported_and_the_best_finite_iterate_returned(tiny):
-    with pytest.warns(UserWarning, match="GIPIP: the cost was not finite at iteration 15 of 100.*smaller learning rate"):
+    with pytest.warns(
+        UserWarning,
+        match="GIPIP: the cost was not finite at iteration 15 of 100.*smaller learning rate",
+    ):
         result = GIPIP(prior=BlowsUp(15), iterations=100)(*tiny[:2])
     costs = sum(result.history.values())
     assert result.returned == "lowest attacker-visible cost"
@@ -306,7 +383,9 @@ def test_a_cost_that_turns_nan_is_reported_and_the_best_finite_iterate_returned(
 
 
 def test_a_cost_that_is_never_finite_gives_the_random_start_and_says_so(tiny):
-    with pytest.warns(UserWarning, match="not finite at iteration 0 of 30; the random start is returned"):
+    with pytest.warns(
+        UserWarning, match="not finite at iteration 0 of 30; the random start is returned"
+    ):
         result = GIPIP(prior=BlowsUp(0), iterations=30)(*tiny[:2])
     assert result.cost == float("inf") and torch.isfinite(result.images).all()
 
@@ -329,7 +408,7 @@ def test_a_restart_that_fails_loses_against_one_that_does_not(tiny):
     assert result.restart_costs[0] == float("inf") and result.cost == result.restart_costs[1] < 2
 
 
-# Updates an attack refuses -----------------------------------------------------------------------------------------------------------
+# Updates an attack refuses -----------------------------------------------------
 
 
 @pytest.mark.parametrize("attack", [InvertingGradients(iterations=1), DLG(iterations=1)])
@@ -341,7 +420,9 @@ def test_a_batch_size_that_does_not_fit_the_labels_is_refused(tiny, attack):
 
 def test_a_label_out_of_range_is_refused(tiny):
     model, update, _ = tiny
-    with pytest.raises(LabelError, match=r"\[1, 5\] are out of range: the model has 5 classes, 0 to 4"):
+    with pytest.raises(
+        LabelError, match=r"\[1, 5\] are out of range: the model has 5 classes, 0 to 4"
+    ):
         InvertingGradients()(model, dataclasses.replace(update, labels=torch.tensor([1, 5])))
 
 
@@ -353,18 +434,24 @@ def test_an_update_of_other_weights_is_refused(data):
 
 def test_an_update_of_another_architecture_is_refused(data):
     update = Client(build_model("lenet")).share(data.private())
-    with pytest.raises(UpdateError, match="another architecture.*Pass the model that the client trained"):
+    with pytest.raises(
+        UpdateError, match="another architecture.*Pass the model that the client trained"
+    ):
         InvertingGradients()(build_model("convnet"), update)
 
 
 def test_a_gradient_with_nan_is_refused_before_the_first_iteration(tiny):
     model, update, _ = tiny
-    broken = dataclasses.replace(update, gradients=(update.gradients[0] * float("nan"), *update.gradients[1:]))
-    with pytest.raises(UpdateError, match="network.0.weight holds NaN.*client's images, loss and defence"):
+    broken = dataclasses.replace(
+        update, gradients=(update.gradients[0] * float("nan"), *update.gradients[1:])
+    )
+    with pytest.raises(
+        UpdateError, match="network.0.weight holds NaN.*client's images, loss and defence"
+    ):
         InvertingGradients()(model, broken)
 
 
-# Configuration -----------------------------------------------------------------------------------------------------------------------
+# Configuration -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -399,7 +486,11 @@ def test_an_attack_cannot_be_changed_after_it_was_made():
 
 
 def test_an_attack_survives_json_and_names_its_prior_by_fingerprint(prior):
-    for attack in (DLG(iterations=7), InvertingGradients(tv_weight=0.1, schedule="steps"), GIPIP(prior=prior, as_weight=0.3)):
+    for attack in (
+        DLG(iterations=7),
+        InvertingGradients(tv_weight=0.1, schedule="steps"),
+        GIPIP(prior=prior, as_weight=0.3),
+    ):
         dumped = json.loads(attack.model_dump_json())
         if isinstance(attack, GIPIP):
             assert dumped["prior"] == prior.fingerprint
@@ -423,10 +514,21 @@ def test_the_released_settings_are_those_of_the_public_code(prior, dataset, size
     iterations, baseline_tv, offset = RELEASED_ANYWHERE[dataset]
     gipip = GIPIP.as_released(dataset, size, prior=prior)
     assert (gipip.tv_weight, gipip.as_weight) == RELEASED[dataset, size]
-    assert (gipip.iterations, gipip.prior.offset, gipip.score_per, gipip.signed) == (iterations, offset, "batch", False)
+    assert (gipip.iterations, gipip.prior.offset, gipip.score_per, gipip.signed) == (
+        iterations,
+        offset,
+        "batch",
+        False,
+    )
     baseline = InvertingGradients.as_released(dataset, size)
-    assert (baseline.tv_weight, baseline.iterations, baseline.signed) == (baseline_tv, iterations, True)
-    assert {(attack.learning_rate, attack.schedule, attack.returns) for attack in (gipip, baseline)} == {(0.1, "steps", "last")}
+    assert (baseline.tv_weight, baseline.iterations, baseline.signed) == (
+        baseline_tv,
+        iterations,
+        True,
+    )
+    assert {
+        (attack.learning_rate, attack.schedule, attack.returns) for attack in (gipip, baseline)
+    } == {(0.1, "steps", "last")}
 
 
 def test_the_released_schedule_falls_tenfold_at_three_five_and_seven_eighths():
@@ -447,7 +549,10 @@ def test_single_released_settings_can_be_overridden(prior):
 
 
 def test_released_settings_of_an_unknown_data_set_or_batch_size_are_refused(prior):
-    for preset in (InvertingGradients.as_released, lambda *which: GIPIP.as_released(*which, prior=prior)):
+    for preset in (
+        InvertingGradients.as_released,
+        lambda *which: GIPIP.as_released(*which, prior=prior),
+    ):
         with pytest.raises(DataError, match="cifar10, imagenet64, not for 'mnist'.*by keyword"):
             preset("mnist", 1)
         with pytest.raises(BatchSizeError, match="batch sizes 1, 4, 8, not for 3"):

@@ -1,4 +1,6 @@
-"""The benchmarks run and write rows that name their machine; what they measure is never asserted."""
+"""The benchmarks run and write rows that name their machine; what they measure is never
+asserted.
+"""
 
 import importlib
 import json
@@ -25,21 +27,55 @@ def measure(tmp_path, monkeypatch):
 
 
 def test_an_iteration_is_measured_for_each_engine(measure):
-    arguments = ["--models", "lenet", "--batch-sizes", "1", "--attacks", "IG", "--engines", "eager", "traced", "--iterations", "4"]
+    arguments = [
+        "--models",
+        "lenet",
+        "--batch-sizes",
+        "1",
+        "--attacks",
+        "IG",
+        "--engines",
+        "eager",
+        "traced",
+        "--iterations",
+        "4",
+    ]
     rows = measure("iteration", *arguments)
     assert [row["engine"] for row in rows] == ["eager", "traced"]
-    assert all(row["passes"] > 0 and row["machine"] and row["versions"] and row["date"] for row in rows)
-    assert len(measure("iteration", *arguments)) == 2  # a new measurement takes the place of the old one
+    assert all(
+        row["passes"] > 0 and row["machine"] and row["versions"] and row["date"] for row in rows
+    )
+    assert (
+        len(measure("iteration", *arguments)) == 2
+    )  # a new measurement takes the place of the old one
 
 
 def test_attacks_at_once_are_measured(measure):
-    [row] = measure("together", "--models", "lenet", "--batch-sizes", "1", "--attacks", "2", "--iterations", "2", "--repetitions", "1")
+    [row] = measure(
+        "together",
+        "--models",
+        "lenet",
+        "--batch-sizes",
+        "1",
+        "--attacks",
+        "2",
+        "--iterations",
+        "2",
+        "--repetitions",
+        "1",
+    )
     assert row["attacks"] == 2 and row["speed-up"] > 0
 
 
 def test_memory_is_measured_whole_and_in_chunks(measure):
-    rows = measure("memory", "--batch-size", "2", "--image-size", "32", "--chunks", "0", "1", "--threads", "1")
-    assert [(row["engine"], row["chunk size"]) for row in rows] == [("traced", 2), ("traced", 1), ("eager", 2)]
+    rows = measure(
+        "memory", "--batch-size", "2", "--image-size", "32", "--chunks", "0", "1", "--threads", "1"
+    )
+    assert [(row["engine"], row["chunk size"]) for row in rows] == [
+        ("traced", 2),
+        ("traced", 1),
+        ("eager", 2),
+    ]
 
 
 def test_the_readme_holds_what_is_measured(measure):

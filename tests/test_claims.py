@@ -1,20 +1,28 @@
-"""The claims table: what the notebooks judged is what `gipip reproduce` shows, digit for digit."""
+"""The claims table: what the notebooks judged is what `gipip reproduce` shows, digit
+for digit.
+"""
 
 import csv
 import math
 
 import pytest
 
-from gipip.claims import Claim, collect_claims, save_claims, write_readme_section
 from gipip.errors import DataError
-from gipip.metrics import Interval, paired_difference
+from gipip.evaluation.statistics import Interval, paired_difference
+from gipip.experiments.claims import Claim, collect_claims, save_claims, write_readme_section
 from gipip.reproduce import notebooks_folder
 
 START, END = "<!-- claims: written by make reproduce -->", "<!-- end of claims -->"
 HELPS = Interval(0.1 + 0.2, 1 / 3, 2 / 3, 6)
 
 
-def a_claim(claim="1 The score helps", compared="GIPIP − IG, B = 4", metric="psnr", images=24, difference=HELPS):
+def a_claim(
+    claim="1 The score helps",
+    compared="GIPIP − IG, B = 4",
+    metric="psnr",
+    images=24,
+    difference=HELPS,
+):
     return Claim(claim, compared, metric, images, difference)
 
 
@@ -26,7 +34,9 @@ def rows(path):
 @pytest.fixture
 def readme(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"# Title\n\nbefore\n\n{START}\nwritten later\n{END}\n\nafter\n", encoding="utf-8")
+    path.write_text(
+        f"# Title\n\nbefore\n\n{START}\nwritten later\n{END}\n\nafter\n", encoding="utf-8"
+    )
     return path
 
 
@@ -38,17 +48,40 @@ def test_fewer_than_six_batches_decide_nothing_however_large_the_difference(batc
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.1, 0.5, "supported"), (-0.5, -0.1, "not supported"), (-0.1, 0.5, "undecided at this scale")]
+    ("low", "high", "verdict"),
+    [
+        (0.1, 0.5, "supported"),
+        (-0.5, -0.1, "not supported"),
+        (-0.1, 0.5, "undecided at this scale"),
+    ],
 )
 def test_six_batches_decide_when_the_interval_leaves_out_zero(low, high, verdict):
     assert a_claim(difference=Interval((low + high) / 2, low, high, 6)).verdict == verdict
 
 
 def test_a_saved_file_holds_every_number_to_the_last_digit(tmp_path):
-    save_claims("03_ablations", [a_claim(), a_claim(metric="ssim", difference=Interval(-1e-9, -1e-8, -1e-10, 7))], tmp_path / "new")
+    save_claims(
+        "03_ablations",
+        [a_claim(), a_claim(metric="ssim", difference=Interval(-1e-9, -1e-8, -1e-10, 7))],
+        tmp_path / "new",
+    )
     first, second = rows(tmp_path / "new" / "03_ablations_claims.csv")
-    assert list(first) == ["claim", "compared", "metric", "images", "batches", "mean", "low", "high", "verdict"]
-    assert (first["claim"], first["compared"], first["metric"]) == ("1 The score helps", "GIPIP − IG, B = 4", "psnr")
+    assert list(first) == [
+        "claim",
+        "compared",
+        "metric",
+        "images",
+        "batches",
+        "mean",
+        "low",
+        "high",
+        "verdict",
+    ]
+    assert (first["claim"], first["compared"], first["metric"]) == (
+        "1 The score helps",
+        "GIPIP − IG, B = 4",
+        "psnr",
+    )
     assert (int(first["images"]), int(first["batches"])) == (24, 6)
     assert tuple(float(first[name]) for name in ("mean", "low", "high")) == HELPS[:3]
     assert (float(second["mean"]), second["verdict"]) == (-1e-9, "not supported")
@@ -56,7 +89,11 @@ def test_a_saved_file_holds_every_number_to_the_last_digit(tmp_path):
 
 
 def test_the_table_shown_is_the_table_collected(tmp_path):
-    shown = save_claims("03_ablations", [a_claim(), a_claim(metric="ssim", difference=Interval(1 / 7, math.nan, math.nan, 1))], tmp_path)
+    shown = save_claims(
+        "03_ablations",
+        [a_claim(), a_claim(metric="ssim", difference=Interval(1 / 7, math.nan, math.nan, 1))],
+        tmp_path,
+    )
     collected = collect_claims(tmp_path)
     assert collected.equals(shown)
     assert collected.dtypes.equals(shown.dtypes)
@@ -66,7 +103,11 @@ def test_the_table_shown_is_the_table_collected(tmp_path):
     ("name", "claims", "message"),
     [
         ("03_ablations", [], "no claims"),
-        ("03_ablations", [a_claim(), a_claim(metric="ssim"), a_claim(images=8)], "the same twice: GIPIP − IG, B = 4 by psnr"),
+        (
+            "03_ablations",
+            [a_claim(), a_claim(metric="ssim"), a_claim(images=8)],
+            "the same twice: GIPIP − IG, B = 4 by psnr",
+        ),
         ("ablations", [a_claim()], "would not be collected"),
     ],
 )
@@ -78,7 +119,11 @@ def test_what_cannot_be_judged_once_and_collected_is_refused(name, claims, messa
 
 def test_claims_are_collected_by_claim_then_notebook_then_as_saved(tmp_path):
     save_claims("04_defences", [a_claim("1 Helps", "d"), a_claim("2 Survives", "e")], tmp_path)
-    save_claims("02_inversion", [a_claim("2 Survives", "b"), a_claim("1 Helps", "z"), a_claim("1 Helps", "a")], tmp_path)
+    save_claims(
+        "02_inversion",
+        [a_claim("2 Survives", "b"), a_claim("1 Helps", "z"), a_claim("1 Helps", "a")],
+        tmp_path,
+    )
     table = collect_claims(tmp_path)
     assert list(table["compared"]) == ["z", "a", "d", "b", "e"]
     assert [row["compared"] for row in rows(tmp_path / "claims.csv")] == list(table["compared"])
@@ -102,40 +147,80 @@ def test_without_claims_the_table_is_empty_and_no_file_is_written(tmp_path, ther
 COLUMNS = "claim,compared,metric,images,batches,mean,low,high"
 
 
-@pytest.mark.parametrize("text", ["", f"{COLUMNS}\n1,a,psnr,4,6,1,0,2\n", f"{COLUMNS},verdict\n1,a,psnr,4,6,one,0,2,supported\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        f"{COLUMNS}\n1,a,psnr,4,6,1,0,2\n",
+        f"{COLUMNS},verdict\n1,a,psnr,4,6,one,0,2,supported\n",
+    ],
+)
 def test_a_file_that_is_no_table_of_claims_is_named(tmp_path, text):
     (tmp_path / "02_claims.csv").write_text(text)
-    with pytest.raises(DataError, match=r"02_claims\.csv is no table of claims .*Expected the columns claim, .*, verdict"):
+    with pytest.raises(
+        DataError,
+        match=r"02_claims\.csv is no table of claims .*Expected the columns claim, .*, verdict",
+    ):
         collect_claims(tmp_path)
 
 
 def test_the_readme_shows_each_claim_with_its_differences_in_their_units(tmp_path, readme):
     claims = [
         a_claim(difference=Interval(1.567, 0.484, 2.766, 6)),
-        a_claim(compared="IG − GIPIP, |ΔW| = 1", metric="lpips", difference=Interval(-0.0204, -0.0443, 0.0012, 8)),
-        a_claim("2 Survives", metric="accuracy", images=4, difference=Interval(0.25, math.nan, math.nan, 1)),
+        a_claim(
+            compared="IG − GIPIP, |ΔW| = 1",
+            metric="lpips",
+            difference=Interval(-0.0204, -0.0443, 0.0012, 8),
+        ),
+        a_claim(
+            "2 Survives",
+            metric="accuracy",
+            images=4,
+            difference=Interval(0.25, math.nan, math.nan, 1),
+        ),
     ]
     assert write_readme_section(readme, save_claims("02_inversion", claims, tmp_path))
-    assert readme.read_text(encoding="utf-8") == "\n".join([
-        "# Title", "", "before", "", START, "",
-        "**1 The score helps.** Comparisons: 2; 1 undecided at this scale, 1 supported.",
-        "", "<details><summary>The comparisons</summary>", "",
-        "| compared | metric | images / batches | difference | verdict |",
-        "|---|---|---|---|---|",
-        "| GIPIP − IG, B = 4 | psnr | 24 / 6 | +1.57 [+0.48, +2.77] dB | supported |",
-        "| IG − GIPIP, \\|ΔW\\| = 1 | lpips | 24 / 8 | −0.020 [−0.044, +0.001] | undecided at this scale |",
-        "", "</details>", "",
-        "**2 Survives.** Comparisons: 1; 1 undecided at this scale.",
-        "", "<details><summary>The comparisons</summary>", "",
-        "| compared | metric | images / batches | difference | verdict |",
-        "|---|---|---|---|---|",
-        "| GIPIP − IG, B = 4 | accuracy | 4 / 1 | +0.250 (no interval) | undecided at this scale |",
-        "", "</details>", "", END, "", "after", "",
-    ])  # fmt: skip
+    assert readme.read_text(encoding="utf-8") == "\n".join(
+        [
+            "# Title",
+            "",
+            "before",
+            "",
+            START,
+            "",
+            "**1 The score helps.** Comparisons: 2; 1 undecided at this scale, 1 supported.",
+            "",
+            "<details><summary>The comparisons</summary>",
+            "",
+            "| compared | metric | images / batches | difference | verdict |",
+            "|---|---|---|---|---|",
+            "| GIPIP − IG, B = 4 | psnr | 24 / 6 | +1.57 [+0.48, +2.77] dB | supported |",
+            "| IG − GIPIP, \\|ΔW\\| = 1 | lpips | 24 / 8 | −0.020 [−0.044, +0.001] | undecided at this scale |",
+            "",
+            "</details>",
+            "",
+            "**2 Survives.** Comparisons: 1; 1 undecided at this scale.",
+            "",
+            "<details><summary>The comparisons</summary>",
+            "",
+            "| compared | metric | images / batches | difference | verdict |",
+            "|---|---|---|---|---|",
+            "| GIPIP − IG, B = 4 | accuracy | 4 / 1 | +0.250 (no interval) | undecided at this scale |",
+            "",
+            "</details>",
+            "",
+            END,
+            "",
+            "after",
+            "",
+        ]
+    )
 
 
 def test_writing_the_same_table_again_gives_the_same_bytes(tmp_path, readme):
-    table = save_claims("02_inversion", [a_claim(compared=r"a \1 \g<0>"), a_claim(compared=f"{START} b")], tmp_path)
+    table = save_claims(
+        "02_inversion", [a_claim(compared=r"a \1 \g<0>"), a_claim(compared=f"{START} b")], tmp_path
+    )
     write_readme_section(readme, table)
     first = readme.read_bytes()
     assert write_readme_section(readme, collect_claims(tmp_path))
@@ -150,7 +235,9 @@ def test_a_new_table_replaces_the_old_one(tmp_path, readme):
     assert text.startswith("# Title\n\nbefore\n") and text.endswith("\n\nafter\n")
 
 
-@pytest.mark.parametrize("text", ["", "# Title\n", f"{START}\n", f"{END}\n{START}\n", f"As `{START}`\n{END}\n", None])
+@pytest.mark.parametrize(
+    "text", ["", "# Title\n", f"{START}\n", f"{END}\n{START}\n", f"As `{START}`\n{END}\n", None]
+)
 def test_a_readme_without_the_two_lines_is_left_alone(tmp_path, text):
     readme = tmp_path / "README.md"
     if text is not None:

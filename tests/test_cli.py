@@ -13,8 +13,10 @@ from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
 import gipip
-from gipip import cli, experiments, tuning
+from gipip import cli
 from gipip.errors import OutOfTime
+from gipip.experiments import sweep as experiments
+from gipip.experiments import tuning
 from gipip.files import write_tensors
 from gipip.priors import Generator
 
@@ -41,7 +43,12 @@ def fails(*arguments) -> str:
 @pytest.fixture
 def pictures(tmp_path):
     """Two images of the embedded sample, one as it is, one enlarged to a landscape JPEG."""
-    first, second = gipip.load_dataset("cifar10").private(batch_size=2, seed=0).pixels.permute(0, 2, 3, 1).numpy()
+    first, second = (
+        gipip.load_dataset("cifar10")
+        .private(batch_size=2, seed=0)
+        .pixels.permute(0, 2, 3, 1)
+        .numpy()
+    )
     Image.fromarray(first).save(tmp_path / "first.png")
     Image.fromarray(np.ascontiguousarray(second)).resize((200, 120)).save(tmp_path / "second.jpg")
     return [tmp_path / "first.png", tmp_path / "second.jpg"]
@@ -51,8 +58,13 @@ def pictures(tmp_path):
 def tuned_weights(tmp_path_factory, monkeypatch):
     """Tuned weights for the ConvNet and one or two images, in place of those that ship."""
     folder = tmp_path_factory.mktemp("data")
-    weights = {"InvertingGradients": {"tv_weight": 0.5}, "GIPIP": {"tv_weight": 0.5, "as_weight": 0.25}}
-    (folder / "tuned.json").write_text(json.dumps({"settings": {"cifar10/convnet/B=1": weights, "cifar10/convnet/B=2": weights}}))
+    weights = {
+        "InvertingGradients": {"tv_weight": 0.5},
+        "GIPIP": {"tv_weight": 0.5, "as_weight": 0.25},
+    }
+    (folder / "tuned.json").write_text(
+        json.dumps({"settings": {"cifar10/convnet/B=1": weights, "cifar10/convnet/B=2": weights}})
+    )
     monkeypatch.setattr("gipip.attacks.presets.DATA", folder)
 
 
@@ -65,16 +77,38 @@ def prior(tmp_path):
 @pytest.fixture
 def generator(tmp_path):
     torch.manual_seed(0)
-    return gipip.GenerativePrior(Generator(width=2, latent_size=4)).save(tmp_path / "generator.safetensors")
+    return gipip.GenerativePrior(Generator(width=2, latent_size=4)).save(
+        tmp_path / "generator.safetensors"
+    )
 
 
 @pytest.mark.parametrize(
-    "command", [(), *((name,) for name in ("reproduce", "attack", "data", "train-prior", "train-generator", "tune", "pack", "collect"))]
+    "command",
+    [
+        (),
+        *(
+            (name,)
+            for name in (
+                "reproduce",
+                "attack",
+                "data",
+                "train-prior",
+                "train-generator",
+                "tune",
+                "pack",
+                "collect",
+            )
+        ),
+    ],
 )
 def test_every_command_has_a_help_text_and_helps_with_each_option(command):
     text = succeeds(*command, "--help")
     assert "Usage" in text
-    undocumented = [line for line in text.splitlines() if re.match(r"│ +(\*)? +--[\w-]+ +(<\w+>)? +(\[.*\] *)?│$", line)]
+    undocumented = [
+        line
+        for line in text.splitlines()
+        if re.match(r"│ +(\*)? +--[\w-]+ +(<\w+>)? +(\[.*\] *)?│$", line)
+    ]
     assert not undocumented
 
 
@@ -95,15 +129,22 @@ def test_the_version_is_the_packages():
         (["train-generator", "--data", "nowhere"], "nowhere is not a folder"),
         (["train-generator", "--fraction", "0"], "fraction=0.0 selects no part"),
         (["tune", "everything"], "Unknown study 'everything'. Known: main, "),
-        (["tune", "--scheduler", "head"], "There is no dask scheduler at 'head' (missing port number in address 'head')."),
+        (
+            ["tune", "--scheduler", "head"],
+            "There is no dask scheduler at 'head' (missing port number in address 'head').",
+        ),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(arguments, message):
     assert message in fails(*arguments)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("45s", 45), ("9m", 540), ("1.5h", 5400)])
-def test_a_budget_is_in_seconds_minutes_or_hours_and_a_pause_ends_with_75(text, seconds, monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("45s", 45), ("9m", 540), ("1.5h", 5400)]
+)
+def test_a_budget_is_in_seconds_minutes_or_hours_and_a_pause_ends_with_75(
+    text, seconds, monkeypatch
+):
     def run(profile, only, *, budget, **options):
         assert budget == seconds
         raise OutOfTime("02_inversion is not finished.")
@@ -116,22 +157,32 @@ def test_a_budget_is_in_seconds_minutes_or_hours_and_a_pause_ends_with_75(text, 
 @pytest.mark.parametrize("text", ["soon", "9 minutes", "-5", "m", "1e3", ""])
 def test_a_budget_that_is_no_duration_is_answered_with_examples(text):
     result = gipip_command("reproduce", "--profile", "paper", f"--budget={text}")
-    assert result.exit_code == 2 and "is no duration" in result.stderr and "9m or 2h" in result.stderr
+    assert (
+        result.exit_code == 2 and "is no duration" in result.stderr and "9m or 2h" in result.stderr
+    )
 
 
-def test_a_parameter_that_the_notebook_does_not_declare_is_answered_in_one_line(tmp_path, monkeypatch):
+def test_a_parameter_that_the_notebook_does_not_declare_is_answered_in_one_line(
+    tmp_path, monkeypatch
+):
     (tmp_path / "profiles.yaml").write_text("profiles: {smoke: {all: {iteration: 1}}}")
     monkeypatch.setattr("gipip.reproduce.notebooks_folder", lambda: tmp_path)
-    assert "Unknown parameter of any notebook: 'iteration'" in fails("reproduce", "--profile", "smoke")
+    assert "Unknown parameter of any notebook: 'iteration'" in fails(
+        "reproduce", "--profile", "smoke"
+    )
 
 
 def test_an_unknown_model_is_answered_with_the_known_ones(pictures):
-    assert "Unknown model 'vgg'. Known models: convnet, convnet16, lenet, resnet18." in fails("attack", *pictures, "--model", "vgg")
+    assert "Unknown model 'vgg'. Known models: convnet, convnet16, lenet, resnet18." in fails(
+        "attack", *pictures, "--model", "vgg"
+    )
 
 
 def test_a_file_that_is_no_image_is_named(pictures, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    assert f"{tmp_path / 'notes.txt'} cannot be read as an image" in fails("attack", *pictures, tmp_path / "notes.txt")
+    assert f"{tmp_path / 'notes.txt'} cannot be read as an image" in fails(
+        "attack", *pictures, tmp_path / "notes.txt"
+    )
 
 
 def test_a_truncated_image_is_named(pictures):
@@ -143,7 +194,9 @@ def test_a_corrupt_prior_is_named(pictures, prior):
     content = bytearray(prior.read_bytes())
     content[-1] ^= 1
     prior.write_bytes(content)
-    assert "prior.safetensors does not match its checksum" in fails("attack", *pictures, "--prior", prior)
+    assert "prior.safetensors does not match its checksum" in fails(
+        "attack", *pictures, "--prior", prior
+    )
 
 
 def test_a_file_that_is_no_prior_is_named(pictures, tmp_path):
@@ -157,7 +210,18 @@ def test_a_file_that_is_no_generator_is_named(pictures, prior):
 
 
 def test_pictures_of_another_size_than_the_generators_are_refused(pictures, generator):
-    line = fails("attack", *pictures, "--attack", "gias", "--generator", generator, "--size", 48, "--model", "lenet")
+    line = fails(
+        "attack",
+        *pictures,
+        "--attack",
+        "gias",
+        "--generator",
+        generator,
+        "--size",
+        48,
+        "--model",
+        "lenet",
+    )
     assert "The generator makes 32×32 images, but the update is of 48×48" in line
 
 
@@ -175,65 +239,133 @@ def test_a_size_that_the_prior_cannot_take_is_refused(pictures, prior):
 
 def test_a_folder_that_cannot_be_written_is_named(pictures, tmp_path):
     (tmp_path / "taken").touch()
-    arguments = ("attack", pictures[0], "--attack", "ig", "--iterations", 1, "--output", tmp_path / "taken")
+    arguments = (
+        "attack",
+        pictures[0],
+        "--attack",
+        "ig",
+        "--iterations",
+        1,
+        "--output",
+        tmp_path / "taken",
+    )
     assert "taken" in fails(*arguments)
 
 
 @pytest.mark.parametrize("attack", ["gipip", "ig", "dlg", "gradinversion"])
-def test_an_attack_on_own_pictures_prints_assumptions_and_metrics_and_writes_the_comparison(attack, pictures, prior, tmp_path):
+def test_an_attack_on_own_pictures_prints_assumptions_and_metrics_and_writes_the_comparison(
+    attack, pictures, prior, tmp_path
+):
     network = "lenet" if attack == "dlg" else "convnet"
-    arguments = ["--attack", attack, "--model", network, "--iterations", 3, "--output", tmp_path / "out", "--prior", prior]
+    arguments = [
+        "--attack",
+        attack,
+        "--model",
+        network,
+        "--iterations",
+        3,
+        "--output",
+        tmp_path / "out",
+        "--prior",
+        prior,
+    ]
     text = succeeds("attack", *pictures, *arguments)
     assert "Assumptions: labels:" in text
-    assert re.search(r"image +matched +psnr +ssim +lpips +feature_mse\n *first\.png .*\n *second\.jpg ", text)
+    assert re.search(
+        r"image +matched +psnr +ssim +lpips +feature_mse\n *first\.png .*\n *second\.jpg ", text
+    )
     assert f"Picture: {tmp_path / 'out' / f'{attack}-{network}.png'}" in text
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".csv", ".pdf", ".png"]
 
 
 def test_withheld_labels_are_inferred(pictures, prior, tmp_path):
-    text = succeeds("attack", pictures[0], "--labels", "withheld", "--iterations", 2, "--prior", prior, "--output", tmp_path)
+    text = succeeds(
+        "attack",
+        pictures[0],
+        "--labels",
+        "withheld",
+        "--iterations",
+        2,
+        "--prior",
+        prior,
+        "--output",
+        tmp_path,
+    )
     assert "labels: inferred from the last layer" in text
 
 
 def assumptions_of(text) -> dict[str, str]:
-    line = next(line for line in text.splitlines() if line.startswith("Assumptions: ")).removeprefix("Assumptions: ")
+    line = next(
+        line for line in text.splitlines() if line.startswith("Assumptions: ")
+    ).removeprefix("Assumptions: ")
     return dict(part.split(": ", 1) for part in re.split(r"; (?=[\w ]+: )", line))
 
 
 def test_gias_searches_the_generator_of_the_file(pictures, generator, tmp_path, monkeypatch):
     quick = functools.partial(gipip.GIAS, latent_iterations=2, latent_restarts=1)
-    monkeypatch.setattr(cli, "_tuned_or_default", lambda kind, condition, settings: quick(**settings))
-    arguments = ("--attack", "gias", "--generator", generator, "--iterations", 2, "--output", tmp_path / "out")
+    monkeypatch.setattr(
+        cli, "_tuned_or_default", lambda kind, condition, settings: quick(**settings)
+    )
+    arguments = (
+        "--attack",
+        "gias",
+        "--generator",
+        generator,
+        "--iterations",
+        2,
+        "--output",
+        tmp_path / "out",
+    )
     text = succeeds("attack", pictures[0], *arguments)
-    assert assumptions_of(text)["auxiliary data"] == "an unknown number of images"  # the shipped one would say 1900
+    assert (
+        assumptions_of(text)["auxiliary data"] == "an unknown number of images"
+    )  # the shipped one would say 1900
     assert (tmp_path / "out" / "gias-convnet.png").exists()
 
 
 def test_gias_takes_the_shipped_generator_unless_told_otherwise(generator):
-    shipped, own = (cli._prior(cli.AttackName.gias, None, file, 32)["prior"] for file in (None, generator))
+    shipped, own = (
+        cli._prior(cli.AttackName.gias, None, file, 32)["prior"] for file in (None, generator)
+    )
     assert shipped.fingerprint == gipip.load_generator("cifar10-3.8%").fingerprint
-    assert own.fingerprint == gipip.GenerativePrior.load(generator).fingerprint != shipped.fingerprint
+    assert (
+        own.fingerprint == gipip.GenerativePrior.load(generator).fingerprint != shipped.fingerprint
+    )
 
 
-def test_for_gradinversion_the_client_shares_statistics_and_the_assumptions_say_so(pictures, tmp_path):
+def test_for_gradinversion_the_client_shares_statistics_and_the_assumptions_say_so(
+    pictures, tmp_path
+):
     texts = {
-        name: succeeds("attack", pictures[0], "--attack", name, "--iterations", 1, "--output", tmp_path) for name in ("ig", "gradinversion")
+        name: succeeds(
+            "attack", pictures[0], "--attack", name, "--iterations", 1, "--output", tmp_path
+        )
+        for name in ("ig", "gradinversion")
     }
     extra = "statistics of the private batch shared (an extra assumption)"
-    assert {name: extra in assumptions_of(text)["BatchNorm"] for name, text in texts.items()} == {"ig": False, "gradinversion": True}
+    assert {name: extra in assumptions_of(text)["BatchNorm"] for name, text in texts.items()} == {
+        "ig": False,
+        "gradinversion": True,
+    }
 
 
 def test_a_defended_gradient_is_attacked_as_such_and_the_assumptions_say_so(pictures, tmp_path):
     options = ("--attack", "ig", "--model", "lenet", "--iterations", 1, "--output", tmp_path)
     text = succeeds("attack", pictures[0], *options, "--noise", 0.01, "--sparsity", 0.5)
-    assert assumptions_of(text)["defence"] == "noise 0.01, then sparsity 0.5; only non-zero entries matched"
+    assert (
+        assumptions_of(text)["defence"]
+        == "noise 0.01, then sparsity 0.5; only non-zero entries matched"
+    )
     assert "tuned for cifar10/lenet/B=1/noise 0.01/sparsity 0.5" in text
     assert assumptions_of(succeeds("attack", pictures[0], *options))["defence"] == "none"
 
 
 def test_dlg_takes_on_a_sparsified_gradient_too(pictures, tmp_path):
     options = ("--attack", "dlg", "--model", "lenet", "--iterations", 1, "--output", tmp_path)
-    assert assumptions_of(succeeds("attack", pictures[0], *options, "--sparsity", 0.5))["defence"] == "sparsity 0.5"
+    assert (
+        assumptions_of(succeeds("attack", pictures[0], *options, "--sparsity", 0.5))["defence"]
+        == "sparsity 0.5"
+    )
 
 
 def test_weights_tuned_for_the_condition_are_taken(prior):
@@ -246,7 +378,10 @@ def test_weights_tuned_for_the_condition_are_taken(prior):
 @pytest.mark.parametrize("kind", [gipip.InvertingGradients, gipip.GradInversion])
 def test_without_tuned_weights_the_defaults_are_taken_and_said_so(kind, capsys):
     assert cli._tuned_or_default(kind, "cifar10/convnet/B=3", {}) == kind()
-    assert f"No weights of {kind.__name__} were tuned for cifar10/convnet/B=3" in capsys.readouterr().out
+    assert (
+        f"No weights of {kind.__name__} were tuned for cifar10/convnet/B=3"
+        in capsys.readouterr().out
+    )
 
 
 def test_data_lists_what_ships_and_whether_the_full_set_is_there(tmp_path, monkeypatch):
@@ -260,7 +395,19 @@ def test_data_lists_what_ships_and_whether_the_full_set_is_there(tmp_path, monke
 
 def test_a_trained_prior_is_saved_with_its_provenance(tmp_path):
     output = tmp_path / "prior.safetensors"
-    text = succeeds("train-prior", "--fraction", 0.002, "--steps", 2, "--width", 4, "--seed", 1, "--output", output)
+    text = succeeds(
+        "train-prior",
+        "--fraction",
+        0.002,
+        "--steps",
+        2,
+        "--width",
+        4,
+        "--seed",
+        1,
+        "--output",
+        output,
+    )
     assert "Trained on 100 images of cifar10." in text
     assert f"Saved: {output}" in text
     prior = gipip.AnomalyScore.load(output)
@@ -276,20 +423,50 @@ def test_a_prior_is_trained_on_a_folder_of_pictures(pictures, tmp_path):
         folder = tmp_path / "mine" / "ab"[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.png").write_bytes(pictures[0].read_bytes())
-    text = succeeds("train-prior", "--data", tmp_path / "mine", "--size", 32, "--steps", 1, "--output", tmp_path / "prior.safetensors")
+    text = succeeds(
+        "train-prior",
+        "--data",
+        tmp_path / "mine",
+        "--size",
+        32,
+        "--steps",
+        1,
+        "--output",
+        tmp_path / "prior.safetensors",
+    )
     assert "Trained on 3 images of mine." in text
 
 
-def test_a_trained_generator_is_saved_with_its_provenance_and_its_kernel_distance_is_printed(tmp_path):
+def test_a_trained_generator_is_saved_with_its_provenance_and_its_kernel_distance_is_printed(
+    tmp_path,
+):
     output = tmp_path / "generator.safetensors"
-    text = succeeds("train-generator", "--fraction", 0.002, "--steps", 1, "--width", 2, "--seed", 1, "--output", output)
+    text = succeeds(
+        "train-generator",
+        "--fraction",
+        0.002,
+        "--steps",
+        1,
+        "--width",
+        2,
+        "--seed",
+        1,
+        "--output",
+        output,
+    )
     assert "Trained on 100 images of cifar10." in text and f"Saved: {output}" in text
     prior = gipip.GenerativePrior.load(output)
-    assert f"Kernel distance to the auxiliary images {min(prior.provenance['history']['kernel distance']):.5f}" in text
+    assert (
+        f"Kernel distance to the auxiliary images {min(prior.provenance['history']['kernel distance']):.5f}"
+        in text
+    )
     assert (prior.generator.width, prior.generator.image_size) == (2, 32)
     assert prior.provenance["dataset"] == "cifar10" and prior.provenance["images"] == 100
     assert {"steps": 1, "seed": 1}.items() <= prior.provenance["settings"].items()
-    assert prior.provenance["data"] == gipip.load_dataset("cifar10").auxiliary(0.002, seed=1).fingerprint
+    assert (
+        prior.provenance["data"]
+        == gipip.load_dataset("cifar10").auxiliary(0.002, seed=1).fingerprint
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,13 +478,20 @@ def test_a_trained_generator_is_saved_with_its_provenance_and_its_kernel_distanc
 )
 def test_the_training_defaults_are_the_librarys(command, training, names):
     ours, librarys = (inspect.signature(function).parameters for function in (command, training))
-    assert {name: ours[name].default for name in names} == {name: librarys[name].default for name in names}
+    assert {name: ours[name].default for name in names} == {
+        name: librarys[name].default for name in names
+    }
 
 
-def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(tmp_path, monkeypatch):
+def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(
+    tmp_path, monkeypatch
+):
     def tiny(prior, iterations):
         attack = gipip.GIPIP(prior=prior, iterations=iterations)
-        return tuning.Study((gipip.Scenario(pool="tuning", model="lenet"),), {"GIPIP": tuning.Arm(attack, ({"tv_weight": (0.0, 0.1)},))})
+        return tuning.Study(
+            (gipip.Scenario(pool="tuning", model="lenet"),),
+            {"GIPIP": tuning.Arm(attack, ({"tv_weight": (0.0, 0.1)},))},
+        )
 
     def sweep(runs, *, store, workers, scheduler):
         assert workers == 1 and scheduler == "tcp://head:8786"
@@ -317,13 +501,26 @@ def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(tm
     monkeypatch.setattr(tuning, "sweep", sweep)  # in this process: a worker takes long to start
     output = tmp_path / "tuned.json"
     cluster = ["--workers", 1, "--scheduler", "tcp://head:8786"]
-    text = succeeds("tune", "tiny", "--iterations", 2, *cluster, "--store", tmp_path / "store", "--output", output)
+    text = succeeds(
+        "tune",
+        "tiny",
+        "--iterations",
+        2,
+        *cluster,
+        "--store",
+        tmp_path / "store",
+        "--output",
+        output,
+    )
     assert f"Saved: {output}" in text and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
     written = json.loads(output.read_text())
     assert written["settings"]["cifar10/lenet/B=1"]["GIPIP"]["tv_weight"] in (0.0, 0.1)
     made = written["studies"]["tiny"]["made"]
     assert set(made["iterations"].values()) == {2}
-    assert {"command": "gipip tune tiny", "priors": {"GIPIP": gipip.load_prior().with_offset(0).fingerprint}}.items() <= made.items()
+    assert {
+        "command": "gipip tune tiny",
+        "priors": {"GIPIP": gipip.load_prior().with_offset(0).fingerprint},
+    }.items() <= made.items()
     assert len(written["studies"]["tiny"]["grid"]) == 2
 
 
@@ -335,7 +532,10 @@ def test_photographs_are_prepared_and_how_many_were_left_out_is_said(tmp_path, m
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil_image(image).save(path)
     text = succeeds("data", "imagenet64", "--private", tmp_path / "private")
-    assert "12 photographs at 64×64; 0 were left out" in text and len(list((tmp_path / "cache").glob("imagenet64-*.safetensors"))) == 1
+    assert (
+        "12 photographs at 64×64; 0 were left out" in text
+        and len(list((tmp_path / "cache").glob("imagenet64-*.safetensors"))) == 1
+    )
 
 
 def test_ctrl_c_ends_with_130_and_without_a_traceback(monkeypatch):

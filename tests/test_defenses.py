@@ -1,4 +1,6 @@
-"""What a client does to its update: against closed forms, worked examples and published numbers."""
+"""What a client does to its update: against closed forms, worked examples and published
+numbers.
+"""
 
 import math
 
@@ -11,16 +13,32 @@ from pydantic import BaseModel, ValidationError
 from scipy import optimize, stats
 from torch import nn
 
-from gipip.data import LabeledImages, load_dataset
-from gipip.defenses import DPSGD, AnyDefense, Clipping, GaussianNoise, Soteria, Sparsification
+from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import DefenseError, UpdateError
-from gipip.federation import Client, FedAvg, SharedUpdate
-from gipip.models import build_model, client_model
+from gipip.federation.client import Client, FedAvg, SharedUpdate
+from gipip.federation.defenses import (
+    DPSGD,
+    AnyDefense,
+    Clipping,
+    GaussianNoise,
+    Soteria,
+    Sparsification,
+)
+from gipip.federation.models import build_model, client_model
 
-NOISE, SPARSE, CLIP, SOTERIA = GaussianNoise(std=0.01), Sparsification(sparsity=0.9), Clipping(max_norm=1), Soteria(pruned=0.1)
+NOISE, SPARSE, CLIP, SOTERIA = (
+    GaussianNoise(std=0.01),
+    Sparsification(sparsity=0.9),
+    Clipping(max_norm=1),
+    Soteria(pruned=0.1),
+)
 DP = DPSGD(max_norm=1, noise_multiplier=0.5)
 ALL = (NOISE, SPARSE, CLIP, SOTERIA, DP)
-TENSORS = st.lists(arrays.arrays("float32", st.integers(1, 30), elements=st.floats(-100, 100, width=32)), min_size=1, max_size=4)
+TENSORS = st.lists(
+    arrays.arrays("float32", st.integers(1, 30), elements=st.floats(-100, 100, width=32)),
+    min_size=1,
+    max_size=4,
+)
 
 
 def update_of(*gradients):
@@ -67,9 +85,15 @@ def test_noise_is_normal_with_the_stated_standard_deviation():
 
 def test_an_update_gets_the_same_noise_again_and_another_update_or_seed_other_noise():
     gradient, state = torch.zeros(100), torch.get_rng_state()
-    first, again, seeded = (flat(GaussianNoise(std=1, seed=seed)(update_of(gradient))) for seed in (0, 0, 1))
+    first, again, seeded = (
+        flat(GaussianNoise(std=1, seed=seed)(update_of(gradient))) for seed in (0, 0, 1)
+    )
     other = flat(GaussianNoise(std=1)(update_of(gradient + 1e-3))) - 1e-3
-    assert torch.equal(first, again) and not torch.allclose(first, seeded) and not torch.allclose(first, other)
+    assert (
+        torch.equal(first, again)
+        and not torch.allclose(first, seeded)
+        and not torch.allclose(first, other)
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -80,16 +104,24 @@ def test_the_gradients_type_is_kept(defense, dtype):
 
 
 def test_sparsification_worked_by_hand():
-    update = update_of(torch.tensor([[0.1, -5.0, 2.0], [-0.3, 4.0, -1.0]]), torch.tensor([0.01, 0.02]))
+    update = update_of(
+        torch.tensor([[0.1, -5.0, 2.0], [-0.3, 4.0, -1.0]]), torch.tensor([0.01, 0.02])
+    )
     matrix, vector = Sparsification(sparsity=0.5)(update).gradients
     assert torch.equal(matrix, torch.tensor([[0, -5.0, 2.0], [0, 4.0, 0]]))
-    assert torch.equal(vector, torch.tensor([0, 0.02]))  # its own threshold, though all of it is smaller than what went above
+    assert torch.equal(
+        vector, torch.tensor([0, 0.02])
+    )  # its own threshold, though all of it is smaller than what went above
 
 
 @given(TENSORS, st.floats(0, 0.99))
-def test_what_sparsification_removes_is_the_smallest_and_at_most_the_stated_share(tensors, sparsity):
+def test_what_sparsification_removes_is_the_smallest_and_at_most_the_stated_share(
+    tensors, sparsity
+):
     update = update_of(*map(torch.from_numpy, tensors))
-    for before, after in zip(update.gradients, Sparsification(sparsity=sparsity)(update).gradients, strict=True):
+    for before, after in zip(
+        update.gradients, Sparsification(sparsity=sparsity)(update).gradients, strict=True
+    ):
         removed, zero = before != after, after == 0
         assert zero[removed].all() and removed.sum() <= math.ceil(sparsity * (len(before) - 1))
         assert zero.all() or not zero.any() or before[zero].abs().max() < before[~zero].abs().min()
@@ -108,12 +140,16 @@ def test_clipping_keeps_the_direction_and_bounds_the_norm(tensors, max_norm):
     before, after = flat(update).double(), flat(Clipping(max_norm=max_norm)(update)).double()
     assert after.norm() <= min(max_norm, before.norm()) * (1 + 1e-5) + 1e-30
     torch.testing.assert_close(after * before.norm(), before * after.norm(), rtol=1e-4, atol=1e-6)
-    assert torch.equal(before, after) == bool(before.norm() <= max_norm) or before.norm().item() == pytest.approx(max_norm, rel=1e-5)
+    assert torch.equal(before, after) == bool(
+        before.norm() <= max_norm
+    ) or before.norm().item() == pytest.approx(max_norm, rel=1e-5)
 
 
 def test_soteria_prunes_where_the_feature_is_large_for_its_slope_not_where_it_is_large():
     first, last = nn.Linear(12, 4, bias=False), nn.Linear(4, 3)
-    first.weight.data = torch.eye(4, 12) * torch.tensor([[100.0], [1.0], [-1.0], [0.1]])  # rᵢ = cᵢ xᵢ, so |rᵢ| / ‖∂rᵢ/∂x‖ = |xᵢ|
+    first.weight.data = torch.eye(4, 12) * torch.tensor(
+        [[100.0], [1.0], [-1.0], [0.1]]
+    )  # rᵢ = cᵢ xᵢ, so |rᵢ| / ‖∂rᵢ/∂x‖ = |xᵢ|
     pixels = torch.zeros(1, 12)
     pixels[0, :4] = torch.tensor([0.2, 0.9, 0.5, 0.6])
     batch = LabeledImages(pixels.view(1, 3, 2, 2), torch.tensor([0]))
@@ -127,7 +163,9 @@ def test_soteria_prunes_dead_features_last_and_adds_up_over_a_batch():
     first.weight.data = torch.eye(4, 12)
     first.weight.data[0] *= -1  # behind ReLU: always 0
     pixels = torch.zeros(2, 12)
-    pixels[:, :4] = torch.tensor([[0.9, 0.8, 0.5, 0.0], [0.9, 0.0, 0.5, 0.7]])  # sums 0 (dead), 0.8, 1.0, 0.7
+    pixels[:, :4] = torch.tensor(
+        [[0.9, 0.8, 0.5, 0.0], [0.9, 0.0, 0.5, 0.7]]
+    )  # sums 0 (dead), 0.8, 1.0, 0.7
     batch = LabeledImages(pixels.view(2, 3, 2, 2), torch.tensor([0, 1]))
     model = linear_model(first, nn.ReLU(), last)
     assert pruned_columns(model, batch, 0.25) == [2]
@@ -140,9 +178,17 @@ def test_soteria_agrees_with_the_jacobian_of_a_convolutional_network():
     model = client_model(nn.Sequential(*layers), mean=(0.5,) * 3, std=(0.2,) * 3).eval()
     batch = LabeledImages(torch.rand(3, 3, 4, 4), torch.tensor([0, 1, 2]))
     x = model.normalize(batch.images)
-    slopes = torch.stack([torch.func.jacfwd(lambda one: model.network[:-1](one[None])[0])(image) for image in x]).flatten(2).norm(dim=2)
+    slopes = (
+        torch.stack(
+            [torch.func.jacfwd(lambda one: model.network[:-1](one[None])[0])(image) for image in x]
+        )
+        .flatten(2)
+        .norm(dim=2)
+    )
     ratios = (model.network[:-1](x).abs() / slopes).sum(dim=0)
-    assert pruned_columns(model, batch, 0.35) == sorted(ratios.argsort(descending=True)[:7].tolist())
+    assert pruned_columns(model, batch, 0.35) == sorted(
+        ratios.argsort(descending=True)[:7].tolist()
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -150,7 +196,14 @@ def test_soteria_leaves_the_clients_model_as_it_was(mode):
     layers = [nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(4, 3)]
     model = client_model(nn.Sequential(*layers), mean=(0.5,) * 3, std=(0.2,) * 3).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert len(pruned_columns(model, LabeledImages(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])), 0.5, mode)) == 2
+    assert (
+        len(
+            pruned_columns(
+                model, LabeledImages(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])), 0.5, mode
+            )
+        )
+        == 2
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model.training and not model.network[-1]._forward_pre_hooks
 
@@ -163,14 +216,21 @@ def test_dpsgd_that_neither_clips_nor_adds_noise_gives_the_plain_gradient(lenet,
 
 def test_dpsgd_without_noise_is_the_mean_of_the_images_clipped_gradients(lenet, batch):
     single = [flat(Clipping(max_norm=0.5)(Client(lenet).share(batch[[row]]))) for row in range(4)]
-    defended = DPSGD(max_norm=0.5, noise_multiplier=0)(Client(lenet).share(batch), model=lenet, batch=batch)
+    defended = DPSGD(max_norm=0.5, noise_multiplier=0)(
+        Client(lenet).share(batch), model=lenet, batch=batch
+    )
     torch.testing.assert_close(flat(defended), torch.stack(single).mean(dim=0))
     assert flat(defended).norm() <= 0.5
 
 
 def test_one_image_moves_the_sum_of_dpsgd_by_no_more_than_the_clipping_norm(lenet, batch):
     three, four = (
-        len(part) * flat(DPSGD(max_norm=0.1, noise_multiplier=0)(Client(lenet).share(part), model=lenet, batch=part))
+        len(part)
+        * flat(
+            DPSGD(max_norm=0.1, noise_multiplier=0)(
+                Client(lenet).share(part), model=lenet, batch=part
+            )
+        )
         for part in (batch[:3], batch)
     )
     assert (four - three).norm().item() == pytest.approx(0.1, rel=1e-4)
@@ -178,32 +238,54 @@ def test_one_image_moves_the_sum_of_dpsgd_by_no_more_than_the_clipping_norm(lene
 
 def test_the_noise_of_dpsgd_has_the_stated_standard_deviation(lenet, batch):
     update = Client(lenet).share(batch)
-    silent, noisy = (flat(DPSGD(max_norm=0.5, noise_multiplier=sigma)(update, model=lenet, batch=batch)) for sigma in (0, 2))
+    silent, noisy = (
+        flat(DPSGD(max_norm=0.5, noise_multiplier=sigma)(update, model=lenet, batch=batch))
+        for sigma in (0, 2)
+    )
     assert (noisy - silent).std().item() == pytest.approx(2 * 0.5 / 4, rel=0.02)
 
 
 @pytest.mark.parametrize("sigma, steps", [(1.0, 1), (0.3, 1), (4.0, 1), (2.0, 50)])
-def test_epsilon_bounds_the_exact_one_of_the_gaussian_mechanism_from_above_and_closely(sigma, steps):
-    scale = sigma / math.sqrt(steps)  # Balle and Wang 2018, theorem 8, where every image is in every batch
+def test_epsilon_bounds_the_exact_one_of_the_gaussian_mechanism_from_above_and_closely(
+    sigma, steps
+):
+    scale = sigma / math.sqrt(
+        steps
+    )  # Balle and Wang 2018, theorem 8, where every image is in every batch
 
     def excess(epsilon):
         tails = stats.norm.cdf([0.5 / scale - epsilon * scale, -0.5 / scale - epsilon * scale])
         return tails[0] - math.exp(epsilon) * tails[1] - 1e-5
 
     exact = optimize.brentq(excess, 0, 100)
-    assert exact <= DPSGD(max_norm=1, noise_multiplier=sigma).epsilon(steps=steps, sample_rate=1) <= 1.15 * exact
+    assert (
+        exact
+        <= DPSGD(max_norm=1, noise_multiplier=sigma).epsilon(steps=steps, sample_rate=1)
+        <= 1.15 * exact
+    )
 
 
 @pytest.mark.parametrize(
     "sigma, steps, rate, published",
     [
         (4, 10_000, 0.01, 1.26),  # Abadi et al. 2016, section 3, figure 2
-        (1.3, 20 * 60_000 // 256, 256 / 60_000, 1.34),  # Bu et al. 2020, "Deep Learning with Gaussian Differential Privacy", figure 4
+        (
+            1.3,
+            20 * 60_000 // 256,
+            256 / 60_000,
+            1.34,
+        ),  # Bu et al. 2020, "Deep Learning with Gaussian Differential Privacy", figure 4
         (0.7, 70 * 60_000 // 256, 256 / 60_000, 8.68),  # the same
     ],
 )
-def test_epsilon_is_a_little_below_the_published_bounds_of_the_older_moments_accountant(sigma, steps, rate, published):
-    assert 0.8 * published < DPSGD(max_norm=1, noise_multiplier=sigma).epsilon(steps=steps, sample_rate=rate) < published
+def test_epsilon_is_a_little_below_the_published_bounds_of_the_older_moments_accountant(
+    sigma, steps, rate, published
+):
+    assert (
+        0.8 * published
+        < DPSGD(max_norm=1, noise_multiplier=sigma).epsilon(steps=steps, sample_rate=rate)
+        < published
+    )
 
 
 def test_epsilon_falls_with_noise_and_rises_with_steps_and_sampling_rate():
@@ -214,7 +296,9 @@ def test_epsilon_falls_with_noise_and_rises_with_steps_and_sampling_rate():
     assert epsilon(1, steps=20) > epsilon(1) > epsilon(1, rate=0.05)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"sample_rate": 0}, {"sample_rate": 1.5}, {"delta": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"sample_rate": 0}, {"sample_rate": 1.5}, {"delta": 1.0}]
+)
 def test_epsilon_says_which_values_it_takes(wrong):
     with pytest.raises(DefenseError, match=f"{next(iter(wrong))}=.*Expected steps ≥ 1"):
         DP.epsilon(**({"steps": 1, "sample_rate": 0.1} | wrong))
@@ -223,14 +307,23 @@ def test_epsilon_says_which_values_it_takes(wrong):
 def test_the_order_of_defences_matters_and_is_recorded():
     update, clip, noise = update_of(torch.ones(1000)), Clipping(max_norm=1), GaussianNoise(std=1)
     clipped_last, noised_last = clip(noise(update)), noise(clip(update))
-    assert clipped_last.defenses == ("noise 1", "clip 1") and noised_last.defenses == ("clip 1", "noise 1")
+    assert clipped_last.defenses == ("noise 1", "clip 1") and noised_last.defenses == (
+        "clip 1",
+        "noise 1",
+    )
     assert flat(clipped_last).norm() <= 1 + 1e-5 and flat(noised_last).norm() > 20
     assert update.defenses == () and torch.equal(flat(update), torch.ones(1000))
 
 
 def test_a_client_applies_all_defences_in_order(lenet, batch):
     update = Client(lenet).share(batch, defenses=ALL[::-1])
-    assert update.defenses == ("DP-SGD C=1 σ=0.5", "Soteria 10 %", "clip 1", "sparsity 0.9", "noise 0.01")
+    assert update.defenses == (
+        "DP-SGD C=1 σ=0.5",
+        "Soteria 10 %",
+        "clip 1",
+        "sparsity 0.9",
+        "noise 0.01",
+    )
     update.check(lenet)
 
 
@@ -247,7 +340,9 @@ def test_any_defence_survives_json(defenses):
 @pytest.mark.parametrize("defense", [SOTERIA, DP], ids=str)
 def test_defences_that_need_the_clients_side_say_so(lenet, batch, defense):
     update = Client(lenet).share(batch)
-    with pytest.raises(DefenseError, match="needs what the update was computed with.*model=…, batch=…"):
+    with pytest.raises(
+        DefenseError, match="needs what the update was computed with.*model=…, batch=…"
+    ):
         defense(update)
     with pytest.raises(DefenseError, match="batch of 3, but the update is of 4"):
         defense(update, model=lenet, batch=batch[:3])
@@ -255,7 +350,9 @@ def test_defences_that_need_the_clients_side_say_so(lenet, batch, defense):
         defense(update, model=build_model("lenet", seed=1), batch=batch)
 
 
-def test_dpsgd_is_refused_where_there_are_no_gradients_of_single_images_and_after_other_defences(lenet, batch):
+def test_dpsgd_is_refused_where_there_are_no_gradients_of_single_images_and_after_other_defences(
+    lenet, batch
+):
     for options in ({"mode": "train"}, {"fedavg": FedAvg(steps=2)}):
         with pytest.raises(DefenseError, match="each single image.*mode='eval' and without fedavg"):
             Client(lenet).share(batch, defenses=[DP], **options)

@@ -10,19 +10,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gipip
 from gipip.attacks import derivatives
-from gipip.attacks.derivatives import Factored
-from gipip.attacks.engines import choose_engine, client_gradient, in_chunks
+from gipip.attacks.engines.derivatives import Factored
+from gipip.attacks.engines.traced import choose_engine, client_gradient, in_chunks
 from gipip.attacks.objectives import cosine_distance
 from gipip.errors import EngineError
-from gipip.federation import local_update
-from gipip.models import trainable
+from gipip.federation.client import local_update
+from gipip.federation.models import trainable
 from gipip.priors import GenerativePrior, Generator
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="compiling needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") and not shutil.which("clang++"), reason="compiling needs a C++ compiler"
+)
 
 
 class Unusual(nn.Module):
-    """Grouped, dilated, strided and transposed convolutions, group normalisation, tanh and a frozen layer."""
+    """Grouped, dilated, strided and transposed convolutions, group normalisation, tanh
+    and a frozen layer.
+    """
 
     def __init__(self):
         super().__init__()
@@ -34,7 +38,9 @@ class Unusual(nn.Module):
 
     def forward(self, x):
         x = self.norm(self.second(self.first(x).tanh()))
-        return self.linear(nn.functional.adaptive_avg_pool2d(self.frozen(x).sigmoid(), 4).flatten(1))
+        return self.linear(
+            nn.functional.adaptive_avg_pool2d(self.frozen(x).sigmoid(), 4).flatten(1)
+        )
 
 
 def _network(name):
@@ -46,8 +52,12 @@ def _network(name):
 
 
 def _second_derivative(gradient, images, labels, directions):
-    """The gradients, and the derivative of their product with the directions by images and soft labels."""
-    variables = [tensor.clone().requires_grad_() for tensor in (images, labels) if tensor.is_floating_point()]
+    """The gradients, and the derivative of their product with the directions by images
+    and soft labels.
+    """
+    variables = [
+        tensor.clone().requires_grad_() for tensor in (images, labels) if tensor.is_floating_point()
+    ]
     images, labels = variables if len(variables) == 2 else (variables[0], labels)
     gradients = gradient(images, labels)
     product = sum((a * b).sum() for a, b in zip(gradients, directions, strict=True))
@@ -58,15 +68,26 @@ def _both(network, engine, *, fedavg=None, soft=False, dtype=torch.float64, batc
     network = network.to(dtype)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch_size, 3, 32, 32, generator=generator).to(dtype)
-    labels = torch.rand(batch_size, 10, generator=generator).to(dtype).softmax(dim=1) if soft else torch.arange(batch_size)
+    labels = (
+        torch.rand(batch_size, 10, generator=generator).to(dtype).softmax(dim=1)
+        if soft
+        else torch.arange(batch_size)
+    )
     parameters = trainable(network)
     directions = [torch.randn(p.shape, generator=generator).to(dtype) for p in parameters.values()]
     return [
-        _second_derivative(client_gradient(network, parameters, fedavg, which), images, labels, directions) for which in ("eager", engine)
+        _second_derivative(
+            client_gradient(network, parameters, fedavg, which), images, labels, directions
+        )
+        for which in ("eager", engine)
     ]
 
 
-@pytest.mark.parametrize("fedavg", [None, gipip.FedAvg(steps=3, batch_size=2, learning_rate=0.1)], ids=["FedSGD", "FedAvg"])
+@pytest.mark.parametrize(
+    "fedavg",
+    [None, gipip.FedAvg(steps=3, batch_size=2, learning_rate=0.1)],
+    ids=["FedSGD", "FedAvg"],
+)
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("name", ["convnet", "convnet16", "lenet", "unusual", "resnet18"])
 def test_the_traced_gradient_and_its_derivative_are_the_eager_ones_in_float64(name, mode, fedavg):
@@ -78,10 +99,18 @@ def test_the_traced_gradient_and_its_derivative_are_the_eager_ones_in_float64(na
 
 @pytest.mark.parametrize(
     ("name", "batch_size"),
-    [("convnet", 1), ("convnet", 3), ("lenet", 3), ("unusual", 3), ("resnet18", 1)],  # with 3, a ReLU's input is zero but for rounding
+    [
+        ("convnet", 1),
+        ("convnet", 3),
+        ("lenet", 3),
+        ("unusual", 3),
+        ("resnet18", 1),
+    ],  # with 3, a ReLU's input is zero but for rounding
 )
 def test_the_traced_derivative_is_the_eager_one_within_float32_rounding(name, batch_size):
-    (_, expected), (_, found) = _both(_network(name), "traced", dtype=torch.float32, batch_size=batch_size)
+    (_, expected), (_, found) = _both(
+        _network(name), "traced", dtype=torch.float32, batch_size=batch_size
+    )
     assert (found[0] - expected[0]).norm() <= 1e-5 * expected[0].norm()
 
 
@@ -119,7 +148,9 @@ def test_every_attack_takes_the_same_course_traced_as_eagerly(name):
     model = gipip.build_model("convnet16").double()
     batch = gipip.load_dataset("cifar10").tuning(batch_size=2)
     update = gipip.Client(model).share(batch, statistics="shared")
-    eager, traced = (_attacks()[name](model, update, engine=engine) for engine in ("eager", "traced"))
+    eager, traced = (
+        _attacks()[name](model, update, engine=engine) for engine in ("eager", "traced")
+    )
     assert (eager.engine, traced.engine) == ("eager", "traced")
     torch.testing.assert_close(traced.history, eager.history, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(traced.images, eager.images, rtol=0, atol=1e-6)
@@ -140,16 +171,26 @@ def test_a_gradient_in_chunks_is_the_whole_one(chunk_size):
 
 @pytest.mark.parametrize(
     ("changes", "options"),
-    [({"mode": "train"}, {}), ({"fedavg": gipip.FedAvg(steps=2)}, {}), ({}, {"engine": "eager"}), ({}, {"chunk_size": -1})],
+    [
+        ({"mode": "train"}, {}),
+        ({"fedavg": gipip.FedAvg(steps=2)}, {}),
+        ({}, {"engine": "eager"}),
+        ({}, {"chunk_size": -1}),
+    ],
 )
 def test_chunks_are_refused_where_they_would_not_be_exact(changes, options):
     model = gipip.build_model("lenet")
-    update = gipip.Client(model).share(gipip.load_dataset("cifar10").tuning(batch_size=2), **changes)
+    update = gipip.Client(model).share(
+        gipip.load_dataset("cifar10").tuning(batch_size=2), **changes
+    )
     with pytest.raises(EngineError, match="cannot be taken in chunks"):
         gipip.InvertingGradients(iterations=1)(model, update, **{"chunk_size": 1} | options)
 
 
-@pytest.mark.parametrize(("cuda", "replayable", "engine"), [(True, True, "cudagraph"), (True, False, "traced"), (False, True, "traced")])
+@pytest.mark.parametrize(
+    ("cuda", "replayable", "engine"),
+    [(True, True, "cudagraph"), (True, False, "traced"), (False, True, "traced")],
+)
 def test_the_fastest_engine_is_chosen(cuda, replayable, engine):
     assert choose_engine("auto", cuda=cuda, replayable=replayable) == engine
 
@@ -160,7 +201,9 @@ def test_without_a_compiler_compiling_is_refused(monkeypatch):
         choose_engine("compiled", cuda=False, replayable=True)
 
 
-@pytest.mark.parametrize(("engine", "message"), [("fast", "Unknown engine 'fast'"), ("cudagraph", "NVIDIA GPU")])
+@pytest.mark.parametrize(
+    ("engine", "message"), [("fast", "Unknown engine 'fast'"), ("cudagraph", "NVIDIA GPU")]
+)
 def test_an_engine_that_cannot_run_is_refused_before_the_first_iteration(engine, message):
     model = gipip.build_model("lenet")
     update = gipip.Client(model).share(gipip.load_dataset("cifar10").tuning(batch_size=1))
@@ -208,7 +251,13 @@ class _Calls(TorchDispatchMode):
 
 
 def test_the_traced_derivative_fills_no_layer_with_zeros_and_renames_no_weight():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1, 1), nn.Flatten(), nn.Linear(4 * 33 * 33, 10))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1, 1),
+        nn.Flatten(),
+        nn.Linear(4 * 33 * 33, 10),
+    )
     gradient = client_gradient(network, trainable(network), None, "traced")
     images, labels = torch.randn(1, 3, 32, 32, requires_grad=True), torch.arange(1)
     gradient(images, labels)
@@ -223,7 +272,11 @@ def test_layers_that_work_in_place_are_traced_as_they_are():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second, self.linear = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4 * 15 * 15, 10)
+            self.first, self.second, self.linear = (
+                nn.Conv2d(3, 4, 3),
+                nn.Conv2d(4, 4, 3, padding=1),
+                nn.Linear(4 * 15 * 15, 10),
+            )
 
         def forward(self, x):
             x = nn.functional.relu_(self.first(x))
@@ -239,12 +292,18 @@ def test_a_network_that_depends_on_how_its_tensors_lie_in_memory_is_traced_all_t
     class Views(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second, self.linear = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, stride=2), nn.Linear(8 * 14 * 14, 10)
+            self.first, self.second, self.linear = (
+                nn.Conv2d(3, 4, 3),
+                nn.Conv2d(4, 8, 3, stride=2),
+                nn.Linear(8 * 14 * 14, 10),
+            )
 
         def forward(self, x):
             x = self.first(x)
             x = x.as_strided((len(x), 4, 30, 30), (3600, 900, 30, 1)).sigmoid()
-            return self.linear(self.second(x).view(len(x), -1).reshape(len(x), 28, 56).view(len(x), -1))
+            return self.linear(
+                self.second(x).view(len(x), -1).reshape(len(x), 28, 56).view(len(x), -1)
+            )
 
     expected, found = _both(Views(), "traced", dtype=torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -252,13 +311,21 @@ def test_a_network_that_depends_on_how_its_tensors_lie_in_memory_is_traced_all_t
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(
-    "options", [{"kernel_size": 3, "padding": 1, "stride": 2}, {"kernel_size": (1, 2)}, {"kernel_size": 3, "dilation": 2, "bias": False}]
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": (1, 2)},
+        {"kernel_size": 3, "dilation": 2, "bias": False},
+    ],
 )
 def test_a_factored_gradient_has_the_products_of_the_whole_one(options, batch_size, monkeypatch):
     monkeypatch.setattr(derivatives, "_factors_pay", lambda *arguments: True)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 5, **options), nn.Flatten(), nn.LazyLinear(2)).double()
-    images, labels = torch.randn(batch_size, 3, 6, 6, dtype=torch.float64), torch.zeros(batch_size, dtype=torch.long)
+    images, labels = (
+        torch.randn(batch_size, 3, 6, 6, dtype=torch.float64),
+        torch.zeros(batch_size, dtype=torch.long),
+    )
     network(images)
     target = [torch.randn_like(parameter) for parameter in network.parameters()]
     gradient = client_gradient(network, trainable(network), None, "traced")
@@ -269,28 +336,50 @@ def test_a_factored_gradient_has_the_products_of_the_whole_one(options, batch_si
         value = cosine_distance(gradients, target)
         return gradients[0], value, torch.autograd.grad(value, variable)[0]
 
-    (whole, expected, by_images), (factors, found, found_by_images) = distance(False), distance(True)
+    (whole, expected, by_images), (factors, found, found_by_images) = (
+        distance(False),
+        distance(True),
+    )
     assert isinstance(whole, torch.Tensor) and isinstance(factors, Factored)
-    torch.testing.assert_close((found, found_by_images), (expected, by_images), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        (found, found_by_images), (expected, by_images), rtol=1e-9, atol=1e-11
+    )
 
 
 def test_only_gradients_that_are_results_as_they_are_stay_factored():
-    network, images, labels = gipip.build_model("resnet18").network, torch.randn(1, 3, 32, 32), torch.arange(1)
-    one, several = (client_gradient(network, trainable(network), fedavg, "traced") for fedavg in (None, gipip.FedAvg(steps=2)))
+    network, images, labels = (
+        gipip.build_model("resnet18").network,
+        torch.randn(1, 3, 32, 32),
+        torch.arange(1),
+    )
+    one, several = (
+        client_gradient(network, trainable(network), fedavg, "traced")
+        for fedavg in (None, gipip.FedAvg(steps=2))
+    )
     kinds = [isinstance(gradient, Factored) for gradient in one(images, labels, factored=True)]
-    assert sum(kinds) == 9  # the last two stages, but for a convolution with 1×1 kernel at 64 positions
+    assert (
+        sum(kinds) == 9
+    )  # the last two stages, but for a convolution with 1×1 kernel at 64 positions
     assert not any(isinstance(gradient, Factored) for gradient in one(images, labels))
-    assert not any(isinstance(gradient, Factored) for gradient in several(images, labels, factored=True))
+    assert not any(
+        isinstance(gradient, Factored) for gradient in several(images, labels, factored=True)
+    )
 
 
 def test_the_cosine_distance_takes_less_arithmetic_than_its_gradients_would():
-    network, images, labels = gipip.build_model("resnet18").network, torch.randn(1, 3, 32, 32), torch.arange(1)
+    network, images, labels = (
+        gipip.build_model("resnet18").network,
+        torch.randn(1, 3, 32, 32),
+        torch.arange(1),
+    )
     gradient = client_gradient(network, trainable(network), None, "traced")
     target = [torch.randn_like(parameter) for parameter in trainable(network).values()]
 
     def derivative():
         variable = images.clone().requires_grad_() * 1
-        torch.autograd.grad(cosine_distance(gradient(variable, labels, factored=True), target), variable)
+        torch.autograd.grad(
+            cosine_distance(gradient(variable, labels, factored=True), target), variable
+        )
 
     derivative()
     one_pass = _multiplications(lambda: local_update(network, trainable(network), images, labels))

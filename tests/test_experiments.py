@@ -1,4 +1,6 @@
-"""Scenarios and their keys, the store, single runs, sweeps and what becomes of them when something dies, and the tables of results."""
+"""Scenarios and their keys, the store, single runs, sweeps and what becomes of them
+when something dies, and the tables of results.
+"""
 
 import dataclasses
 import functools
@@ -20,19 +22,32 @@ import pydantic
 import pytest
 import torch
 
-from gipip import experiments, models
 from gipip.attacks import DLG, GIPIP, GradInversion, InvertingGradients
-from gipip.cluster import open_cluster
-from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
-from gipip.errors import BatchSizeError, DamagedFileError, DataError, ModelError, StoreError, SweepError
-from gipip.experiments import Result, Results, ResultStore, Run, Scenario, execute, sweep
-from gipip.federation import FedAvg
+from gipip.errors import (
+    BatchSizeError,
+    DamagedFileError,
+    DataError,
+    ModelError,
+    StoreError,
+    SweepError,
+)
+from gipip.evaluation.statistics import paired_difference
+from gipip.experiments import sweep as experiments
+from gipip.experiments.cluster import open_cluster
+from gipip.experiments.sweep import Result, Results, ResultStore, Run, Scenario, execute, sweep
+from gipip.federation import models
+from gipip.federation.client import FedAvg
+from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
 from gipip.files import read_tensors, write_tensors
-from gipip.metrics import paired_difference
 from gipip.priors import AnomalyScore, Autoencoder, load_prior
 
 LENET, SHORT = Scenario(model="lenet"), InvertingGradients(iterations=3)
-DEFENSES = (DPSGD(max_norm=1, noise_multiplier=0.1), GaussianNoise(std=1e-3), Sparsification(sparsity=0.9), Clipping(max_norm=2))
+DEFENSES = (
+    DPSGD(max_norm=1, noise_multiplier=0.1),
+    GaussianNoise(std=1e-3),
+    Sparsification(sparsity=0.9),
+    Clipping(max_norm=2),
+)
 
 
 class FailsForSeed(InvertingGradients):
@@ -47,7 +62,9 @@ class FailsForSeed(InvertingGradients):
 
 
 class DiesOnce(InvertingGradients):
-    """An attack whose process is killed the first time, as by a kernel that ran out of memory."""
+    """An attack whose process is killed the first time, as by a kernel that ran out of
+    memory.
+    """
 
     marker: str
 
@@ -73,7 +90,10 @@ presses: list[str] = []
 
 def twelve_runs():
     """Long enough to be interrupted: about half a second each."""
-    return [Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=150)) for seed in range(12)]
+    return [
+        Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=150))
+        for seed in range(12)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +103,9 @@ def prior():
 
 @pytest.fixture(scope="module")
 def scheduler():
-    """The address of a scheduler with two single-threaded worker processes, as a sweep starts it."""
+    """The address of a scheduler with two single-threaded worker processes, as a sweep
+    starts it.
+    """
     with open_cluster(workers=2, scheduler=None, runs=2) as client:
         yield client.scheduler.address
 
@@ -91,9 +113,19 @@ def scheduler():
 @pytest.fixture
 def trained_lenet(tmp_path, monkeypatch):
     """The state of a LeNet that "ships" as trained for 3 epochs; that of epoch 5 ships too."""
-    states = {epochs: models.build_model("lenet", seed=100 + epochs).state_dict() for epochs in (3, 5)}
-    tensors = {f"{epochs}/{name}": value for epochs, state in states.items() for name, value in state.items()}
-    write_tensors(tmp_path / "client-cifar10-lenet.safetensors", tensors, {"num_classes": 10, "accuracy": {"3": 0.4, "5": 0.5}})
+    states = {
+        epochs: models.build_model("lenet", seed=100 + epochs).state_dict() for epochs in (3, 5)
+    }
+    tensors = {
+        f"{epochs}/{name}": value
+        for epochs, state in states.items()
+        for name, value in state.items()
+    }
+    write_tensors(
+        tmp_path / "client-cifar10-lenet.safetensors",
+        tensors,
+        {"num_classes": 10, "accuracy": {"3": 0.4, "5": 0.5}},
+    )
     monkeypatch.setattr(models, "DATA", tmp_path)
     yield states[3]
     experiments._fingerprints.cache_clear()
@@ -121,10 +153,22 @@ def made_up(arm, psnr, *, attack=SHORT, about=(), **scenario):
     """A result with the given PSNR of each image, and nothing else of interest."""
     count = len(psnr)
     run = Run(arm, Scenario(batch_size=count, **scenario), attack)
-    metrics = pandas.DataFrame({"image": range(count), "matched": range(count), "psnr": psnr, "ssim": 0.5, "lpips": 0.1})
-    assumptions = {"labels": "given", "BatchNorm": "eval mode", "local training": "none (FedSGD)", "defence": "none"}
+    metrics = pandas.DataFrame(
+        {"image": range(count), "matched": range(count), "psnr": psnr, "ssim": 0.5, "lpips": 0.1}
+    )
+    assumptions = {
+        "labels": "given",
+        "BatchNorm": "eval mode",
+        "local training": "none (FedSGD)",
+        "defence": "none",
+    }
     assumptions |= {"auxiliary data": "none"} | dict(about)
-    details = {"assumptions": assumptions, "returned": "last iterate", "seconds": 1.5, "made": {"machine": "a CPU"}}
+    details = {
+        "assumptions": assumptions,
+        "returned": "last iterate",
+        "seconds": 1.5,
+        "made": {"machine": "a CPU"},
+    }
     images, labels = torch.rand(count, 3, 8, 8), torch.arange(count)
     return Result(run, images, images, labels, {"cost": torch.ones(4)}, metrics, details)
 
@@ -132,9 +176,16 @@ def made_up(arm, psnr, *, attack=SHORT, about=(), **scenario):
 def same(a, b):
     """Whether two results are the same bit for bit, but for how long they took."""
     tensors = [[r.images, r.truth, r.labels, *r.history.values()] for r in (a, b)]
-    details = [{name: value for name, value in r.details.items() if name != "seconds"} for r in (a, b)]
+    details = [
+        {name: value for name, value in r.details.items() if name != "seconds"} for r in (a, b)
+    ]
     equal = all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(*tensors, strict=True))
-    return equal and list(a.history) == list(b.history) and details[0] == details[1] and a.metrics.equals(b.metrics)
+    return (
+        equal
+        and list(a.history) == list(b.history)
+        and details[0] == details[1]
+        and a.metrics.equals(b.metrics)
+    )
 
 
 def result_files(store):
@@ -145,7 +196,7 @@ def modified(paths):
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
-# Scenario and Run --------------------------------------------------------------------------------------------------------------------
+# Scenario and Run --------------------------------------------------------------
 
 
 def test_scenarios_and_runs_are_frozen_and_refuse_unknown_fields():
@@ -160,26 +211,52 @@ def test_scenarios_and_runs_are_frozen_and_refuse_unknown_fields():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"batch_size": 0}, {"pool": "auxiliary"}, {"mode": "training"}, {"labels": "stolen"}, {"statistics": "given"}, {"epochs": -1},
-        {"fedavg": {"steps": 0}}, {"fedavg": {"epochs": 1}}, {"defenses": ["noise"]}, {"defenses": [{"kind": "clipping"}]},
+        {"batch_size": 0},
+        {"pool": "auxiliary"},
+        {"mode": "training"},
+        {"labels": "stolen"},
+        {"statistics": "given"},
+        {"epochs": -1},
+        {"fedavg": {"steps": 0}},
+        {"fedavg": {"epochs": 1}},
+        {"defenses": ["noise"]},
+        {"defenses": [{"kind": "clipping"}]},
     ],
-)  # fmt: skip
+)
 def test_a_scenario_out_of_range_is_refused_at_once(wrong):
     with pytest.raises(pydantic.ValidationError):
         Scenario(**wrong)
 
 
 def test_a_scenario_survives_json():
-    scenario = Scenario(pool="tuning", model="resnet18", batch_size=4, seed=7, mode="train", labels="withheld", distinct_labels=False)
+    scenario = Scenario(
+        pool="tuning",
+        model="resnet18",
+        batch_size=4,
+        seed=7,
+        mode="train",
+        labels="withheld",
+        distinct_labels=False,
+    )
     assert Scenario.model_validate_json(scenario.model_dump_json()) == scenario
 
 
 def test_a_scenario_with_classes_epochs_local_training_and_defences_survives_json():
     fedavg = FedAvg(steps=4, batch_size=2, learning_rate=0.1)
-    scenario = Scenario(classes=(3, 5), epochs=40, statistics="shared", fedavg=fedavg, defenses=(*DEFENSES, Soteria(pruned=0.5)))
+    scenario = Scenario(
+        classes=(3, 5),
+        epochs=40,
+        statistics="shared",
+        fedavg=fedavg,
+        defenses=(*DEFENSES, Soteria(pruned=0.5)),
+    )
     again = Scenario.model_validate_json(scenario.model_dump_json())
     assert again == scenario and hash(again) == hash(scenario)
-    assert again.fedavg == fedavg and [type(defense) for defense in again.defenses] == [DPSGD, *map(type, DEFENSES[1:]), Soteria]
+    assert again.fedavg == fedavg and [type(defense) for defense in again.defenses] == [
+        DPSGD,
+        *map(type, DEFENSES[1:]),
+        Soteria,
+    ]
     config = json.loads(json.dumps(Run("IG", scenario, SHORT).config()))["scenario"]
     assert Scenario(**config) == scenario
 
@@ -191,74 +268,150 @@ def test_a_scenario_with_classes_epochs_local_training_and_defences_survives_jso
         ({"model": "convnet16", "epochs": 40, "batch_size": 4}, "cifar10/convnet16@40/B=4"),
         ({"fedavg": FedAvg(steps=5)}, "cifar10/convnet/B=1/FedAvg 5"),
         ({"defenses": DEFENSES[1:3]}, "cifar10/convnet/B=1/noise 0.001/sparsity 0.9"),
-        ({"epochs": 3, "fedavg": FedAvg(steps=2), "defenses": (Soteria(pruned=0.5),)}, "cifar10/convnet@3/B=1/FedAvg 2/Soteria 50 %"),
-        ({"defenses": (DPSGD(max_norm=1, noise_multiplier=0.1, seed=7),)}, "cifar10/convnet/B=1/DP-SGD C=1 σ=0.1"),
+        (
+            {"epochs": 3, "fedavg": FedAvg(steps=2), "defenses": (Soteria(pruned=0.5),)},
+            "cifar10/convnet@3/B=1/FedAvg 2/Soteria 50 %",
+        ),
+        (
+            {"defenses": (DPSGD(max_norm=1, noise_multiplier=0.1, seed=7),)},
+            "cifar10/convnet/B=1/DP-SGD C=1 σ=0.1",
+        ),
     ],
 )
-def test_a_condition_names_data_set_model_epochs_batch_size_local_training_and_defences(scenario, condition):
+def test_a_condition_names_data_set_model_epochs_batch_size_local_training_and_defences(
+    scenario, condition
+):
     assert Scenario(**scenario).condition == condition
 
 
 def test_a_condition_does_not_tell_images_seeds_or_labels_apart():
-    others = [{"pool": "tuning"}, {"seed": 3}, {"model_seed": 3}, {"labels": "withheld"}, {"distinct_labels": False}, {"classes": (1, 2)}]
+    others = [
+        {"pool": "tuning"},
+        {"seed": 3},
+        {"model_seed": 3},
+        {"labels": "withheld"},
+        {"distinct_labels": False},
+        {"classes": (1, 2)},
+    ]
     assert {Scenario(**other).condition for other in others} == {Scenario().condition}
 
 
 def test_a_scenario_draws_its_classes_only():
-    batches = [Scenario(classes=(9, 1), batch_size=2, seed=seed, pool=pool).batch() for seed in range(5) for pool in ("private", "tuning")]
+    batches = [
+        Scenario(classes=(9, 1), batch_size=2, seed=seed, pool=pool).batch()
+        for seed in range(5)
+        for pool in ("private", "tuning")
+    ]
     assert all(sorted(batch.labels.tolist()) == [1, 9] for batch in batches)
     data = experiments._dataset("cifar10")
-    assert batches[0].indices.tolist() == data.restricted((1, 9)).private(batch_size=2).indices.tolist()
+    assert (
+        batches[0].indices.tolist()
+        == data.restricted((1, 9)).private(batch_size=2).indices.tolist()
+    )
 
 
 def test_a_scenario_of_a_trained_client_has_the_weights_of_that_epoch(trained_lenet):
     model = Scenario(model="lenet", epochs=3, model_seed=7).client_model()
-    assert all(torch.equal(value, trained_lenet[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, trained_lenet[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_what_a_scenario_shares_is_what_it_says():
-    scenario = Scenario(model="lenet", batch_size=2, labels="withheld", fedavg=FedAvg(steps=3), defenses=DEFENSES[1:])
+    scenario = Scenario(
+        model="lenet",
+        batch_size=2,
+        labels="withheld",
+        fedavg=FedAvg(steps=3),
+        defenses=DEFENSES[1:],
+    )
     update = scenario.update(scenario.client_model())
     assert (update.labels, update.statistics, update.fedavg) == (None, None, FedAvg(steps=3))
     assert update.defenses == ("noise 0.001", "sparsity 0.9", "clip 2")
     assert sum(float(gradient.square().sum()) for gradient in update.gradients) <= 4 * (1 + 1e-5)
     with_statistics = Scenario(statistics="shared")
-    assert len(with_statistics.update(with_statistics.client_model()).statistics) == 6  # the ConvNet's BatchNorm layers
+    assert (
+        len(with_statistics.update(with_statistics.client_model()).statistics) == 6
+    )  # the ConvNet's BatchNorm layers
 
 
 def test_a_runs_configuration_is_json_that_rebuilds_scenario_and_attack():
     run = Run("any name", LENET, InvertingGradients(tv_weight=0.1, seed=3))
     config = json.loads(json.dumps(run.config()))
     assert Scenario(**config["scenario"]) == run.scenario
-    assert config["attack"].pop("name") == "InvertingGradients" and InvertingGradients(**config["attack"]) == run.attack
+    assert (
+        config["attack"].pop("name") == "InvertingGradients"
+        and InvertingGradients(**config["attack"]) == run.attack
+    )
 
 
 def test_a_scenario_gives_the_pools_images_and_the_seeds_weights():
-    batches = {pool: Scenario(pool=pool, seed=2).batch().fingerprint for pool in ("private", "tuning")}
+    batches = {
+        pool: Scenario(pool=pool, seed=2).batch().fingerprint for pool in ("private", "tuning")
+    }
     data = experiments._dataset("cifar10")
-    assert batches == {"private": data.private(seed=2).fingerprint, "tuning": data.tuning(seed=2).fingerprint}
-    first, again, other = (Scenario(model="lenet", model_seed=seed).client_model().state_dict() for seed in (0, 0, 1))
+    assert batches == {
+        "private": data.private(seed=2).fingerprint,
+        "tuning": data.tuning(seed=2).fingerprint,
+    }
+    first, again, other = (
+        Scenario(model="lenet", model_seed=seed).client_model().state_dict() for seed in (0, 0, 1)
+    )
     name = "network.0.weight"
     assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
 
 
-# Keys --------------------------------------------------------------------------------------------------------------------------------
+# Keys --------------------------------------------------------------------------
 
 
 def test_equal_content_has_one_key_whatever_the_arms_name(prior):
     runs = [Run(arm, Scenario(), GIPIP(prior=prior.with_offset(0))) for arm in ("GI-PIP", "ours")]
-    runs.append(Run("in full", Scenario(dataset="cifar10", seed=0), GIPIP(prior=load_prior().with_offset(0), as_weight=0.2, restarts=1)))
+    runs.append(
+        Run(
+            "in full",
+            Scenario(dataset="cifar10", seed=0),
+            GIPIP(prior=load_prior().with_offset(0), as_weight=0.2, restarts=1),
+        )
+    )
     assert len({run.key() for run in runs}) == 1
 
 
 def test_every_field_of_the_scenario_changes_the_key(trained_lenet):
-    changes = [{}, {"pool": "tuning"}, {"model": "convnet"}, {"model_seed": 1}, {"batch_size": 2}, {"seed": 1}, {"classes": (1, 2)}]
-    changes += [{"distinct_labels": False}, {"mode": "train"}, {"labels": "withheld"}, {"statistics": "shared"}, {"epochs": 3}]
-    changes += [{"fedavg": FedAvg(**about)} for about in ({}, {"steps": 2}, {"batch_size": 1}, {"learning_rate": 0.1})]
-    changes += [{"defenses": defenses} for defenses in (DEFENSES[1:3], DEFENSES[2:0:-1], *zip(DEFENSES, strict=True))]
-    changes += [{"defenses": (GaussianNoise(std=1e-3, seed=1),)}, {"defenses": (GaussianNoise(std=1e-2),)}, {"epochs": 5}]
-    assert {name for change in changes for name in change} | {"dataset"} == set(Scenario.model_fields)
-    assert len({Run("IG", Scenario(**{"model": "lenet"} | change), SHORT).key() for change in changes}) == len(changes)
+    changes = [
+        {},
+        {"pool": "tuning"},
+        {"model": "convnet"},
+        {"model_seed": 1},
+        {"batch_size": 2},
+        {"seed": 1},
+        {"classes": (1, 2)},
+    ]
+    changes += [
+        {"distinct_labels": False},
+        {"mode": "train"},
+        {"labels": "withheld"},
+        {"statistics": "shared"},
+        {"epochs": 3},
+    ]
+    changes += [
+        {"fedavg": FedAvg(**about)}
+        for about in ({}, {"steps": 2}, {"batch_size": 1}, {"learning_rate": 0.1})
+    ]
+    changes += [
+        {"defenses": defenses}
+        for defenses in (DEFENSES[1:3], DEFENSES[2:0:-1], *zip(DEFENSES, strict=True))
+    ]
+    changes += [
+        {"defenses": (GaussianNoise(std=1e-3, seed=1),)},
+        {"defenses": (GaussianNoise(std=1e-2),)},
+        {"epochs": 5},
+    ]
+    assert {name for change in changes for name in change} | {"dataset"} == set(
+        Scenario.model_fields
+    )
+    assert len(
+        {Run("IG", Scenario(**{"model": "lenet"} | change), SHORT).key() for change in changes}
+    ) == len(changes)
 
 
 def test_a_trained_client_of_other_weights_has_another_key(trained_lenet):
@@ -273,10 +426,27 @@ def test_a_trained_client_of_other_weights_has_another_key(trained_lenet):
 
 
 def test_every_field_of_the_attack_changes_the_key(prior):
-    other = {"iterations": 7, "restarts": 2, "seed": 1, "returns": "lowest_cost", "tv_weight": 0.5, "learning_rate": 0.2}
-    other |= {"schedule": "steps", "signed": False, "masked": True, "prior": prior.with_offset(0.5), "as_weight": 0.7, "score_per": "batch"}
+    other = {
+        "iterations": 7,
+        "restarts": 2,
+        "seed": 1,
+        "returns": "lowest_cost",
+        "tv_weight": 0.5,
+        "learning_rate": 0.2,
+    }
+    other |= {
+        "schedule": "steps",
+        "signed": False,
+        "masked": True,
+        "prior": prior.with_offset(0.5),
+        "as_weight": 0.7,
+        "score_per": "batch",
+    }
     assert other.keys() == GIPIP.model_fields.keys()
-    attacks = [GIPIP(prior=prior), *(GIPIP(**{"prior": prior, name: value}) for name, value in other.items())]
+    attacks = [
+        GIPIP(prior=prior),
+        *(GIPIP(**{"prior": prior, name: value}) for name, value in other.items()),
+    ]
     attacks += [InvertingGradients(), DLG()]
     assert len({Run("an arm", LENET, attack).key() for attack in attacks}) == len(attacks)
 
@@ -284,22 +454,32 @@ def test_every_field_of_the_attack_changes_the_key(prior):
 def test_other_weights_of_the_prior_or_another_offset_change_the_key_and_another_provenance_does_not():
     torch.manual_seed(0)
     score = AnomalyScore(Autoencoder(), 0.1, {"images": 10})
-    priors = [score, AnomalyScore(score.autoencoder, 0.1, {"images": 99}), score.with_offset(0.2), AnomalyScore(Autoencoder(), 0.1)]
+    priors = [
+        score,
+        AnomalyScore(score.autoencoder, 0.1, {"images": 99}),
+        score.with_offset(0.2),
+        AnomalyScore(Autoencoder(), 0.1),
+    ]
     keys = [Run("GI-PIP", LENET, GIPIP(prior=each)).key() for each in priors]
     assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
 def test_keys_are_the_same_in_another_process(prior):
-    runs = [Run("a", LENET, SHORT), Run("b", Scenario(batch_size=2, labels="withheld"), GIPIP(prior=prior, as_weight=0.1))]
+    runs = [
+        Run("a", LENET, SHORT),
+        Run("b", Scenario(batch_size=2, labels="withheld"), GIPIP(prior=prior, as_weight=0.1)),
+    ]
     code = """from gipip import *
 from gipip.priors import load_prior
 print(Run("c", Scenario(model="lenet"), InvertingGradients(iterations=3)).key())
 print(Run("d", Scenario(batch_size=2, labels="withheld"), GIPIP(prior=load_prior(), as_weight=0.1)).key())"""
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert process.stdout.split() == [run.key() for run in runs]
 
 
-# The store ---------------------------------------------------------------------------------------------------------------------------
+# The store ---------------------------------------------------------------------
 
 
 def test_a_result_comes_back_from_the_store_bit_for_bit(store, result):
@@ -339,9 +519,13 @@ def test_a_damaged_result_is_reported_set_aside_and_computed_again(store, result
     path = store.path(result.run)
     damage(path)
     damaged = path.read_bytes()
-    with pytest.warns(UserWarning, match=f"{path.name}.*set aside as {path.stem}.damaged-.*computed again"):
+    with pytest.warns(
+        UserWarning, match=f"{path.name}.*set aside as {path.stem}.damaged-.*computed again"
+    ):
         assert store.load(result.run) is None
-    assert not path.exists() and [aside.read_bytes() for aside in store.folder.glob("*.damaged-*")] == [damaged]
+    assert not path.exists() and [
+        aside.read_bytes() for aside in store.folder.glob("*.damaged-*")
+    ] == [damaged]
     assert same(execute(result.run, store), result)
     assert same(store.load(result.run), result)
 
@@ -375,19 +559,26 @@ def test_making_a_store_leaves_nothing_in_the_folder(store):
     assert not list(store.folder.iterdir())
 
 
-# A single run ------------------------------------------------------------------------------------------------------------------------
+# A single run ------------------------------------------------------------------
 
 
 def test_a_result_holds_images_aligned_to_the_truth_metrics_history_and_provenance(result):
     assert result.images.shape == result.truth.shape == (1, 3, 32, 32)
-    assert torch.equal(result.truth, LENET.batch().images) and torch.equal(result.labels, LENET.batch().labels)
-    assert {name: len(values) for name, values in result.history.items()} == {"gradient matching": 4, "total variation": 4}
+    assert torch.equal(result.truth, LENET.batch().images) and torch.equal(
+        result.labels, LENET.batch().labels
+    )
+    assert {name: len(values) for name, values in result.history.items()} == {
+        "gradient matching": 4,
+        "total variation": 4,
+    }
     assert {"psnr", "ssim", "lpips", "feature_mse"} <= set(result.metrics)
     assert result.details["made"]["versions"]["torch"] == torch.__version__
 
 
 def test_reconstructions_are_aligned_to_the_images_they_are_matched_with():
-    result = execute(Run("IG", Scenario(model="lenet", batch_size=4), InvertingGradients(iterations=60)))
+    result = execute(
+        Run("IG", Scenario(model="lenet", batch_size=4), InvertingGradients(iterations=60))
+    )
     mse = (result.images - result.truth).square().mean((1, 2, 3))
     np.testing.assert_allclose(result.metrics["psnr"], -10 * mse.log10(), rtol=1e-4)
 
@@ -410,7 +601,9 @@ def test_a_stored_result_is_loaded_and_not_computed(store, result, monkeypatch):
     assert same(execute(result.run, store), result)
 
 
-def test_shipped_results_are_found_by_their_runs_and_nothing_is_computed(result, tmp_path, monkeypatch):
+def test_shipped_results_are_found_by_their_runs_and_nothing_is_computed(
+    result, tmp_path, monkeypatch
+):
     monkeypatch.setattr(experiments, "DATA", tmp_path)
     ResultStore(tmp_path / "results").save(result)
     monkeypatch.setattr(experiments, "execute", lambda *_: pytest.fail("computed"))
@@ -427,7 +620,9 @@ def test_a_damaged_shipped_result_is_an_error(result, tmp_path, monkeypatch):
         experiments.shipped_results([result.run])
 
 
-def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restores_the_threads(store):
+def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restores_the_threads(
+    store,
+):
     presses.clear()
     run = Run("IG", LENET, IsInterrupted(iterations=10))
     torch.set_num_threads(2)
@@ -440,43 +635,75 @@ def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restor
     assert len(presses) == 2 and not list(store.folder.iterdir())
 
 
-def test_a_defended_locally_trained_scenario_is_attacked_as_such_and_comes_back_from_the_store(store):
-    scenario = Scenario(model="lenet", batch_size=2, fedavg=FedAvg(steps=2, batch_size=1), defenses=DEFENSES[1:3])
+def test_a_defended_locally_trained_scenario_is_attacked_as_such_and_comes_back_from_the_store(
+    store,
+):
+    scenario = Scenario(
+        model="lenet", batch_size=2, fedavg=FedAvg(steps=2, batch_size=1), defenses=DEFENSES[1:3]
+    )
     result = execute(Run("IG", scenario, SHORT), store)
     assert same(store.load(result.run), result)
     plain = execute(Run("IG", Scenario(model="lenet", batch_size=2), SHORT))
     assert torch.equal(result.truth, plain.truth) and not torch.equal(result.images, plain.images)
     row = Results([store.load(result.run)]).frame().iloc[0]
-    assert row["local training"].startswith("2 steps") and row["defence"] == "noise 0.001, then sparsity 0.9"
-    assert plain.frame().iloc[0][["local training", "defence"]].tolist() == ["none (FedSGD)", "none"]
+    assert (
+        row["local training"].startswith("2 steps")
+        and row["defence"] == "noise 0.001, then sparsity 0.9"
+    )
+    assert plain.frame().iloc[0][["local training", "defence"]].tolist() == [
+        "none (FedSGD)",
+        "none",
+    ]
 
 
 def test_shared_statistics_reach_the_attack_that_needs_them():
     scenario = Scenario(model="convnet16", statistics="shared")
     result = execute(Run("GradInversion", scenario, GradInversion(iterations=1)))
-    assert "BatchNorm statistics" in result.history and "an extra assumption" in result.frame()["BatchNorm"][0]
+    assert (
+        "BatchNorm statistics" in result.history
+        and "an extra assumption" in result.frame()["BatchNorm"][0]
+    )
 
 
 def test_an_epoch_that_does_not_ship_is_an_error_that_says_which_do(trained_lenet):
-    with pytest.raises(ModelError, match=r"no 'lenet' trained for 4 epochs on 'cifar10' .*\[3, 5\]"):
+    with pytest.raises(
+        ModelError, match=r"no 'lenet' trained for 4 epochs on 'cifar10' .*\[3, 5\]"
+    ):
         Scenario(model="lenet", epochs=4).client_model()
 
 
-# Sweeps ------------------------------------------------------------------------------------------------------------------------------
+# Sweeps ------------------------------------------------------------------------
 
 
 def test_a_sweep_gives_the_runs_order_and_the_same_bits_as_single_runs(tmp_path, scheduler, prior):
-    attacks = {"short": SHORT, "GI-PIP": GIPIP(prior=prior, iterations=2), "long": InvertingGradients(iterations=5)}
-    runs = [Run(arm, Scenario(model=model), attack) for model in ("lenet", "convnet") for arm, attack in attacks.items()]
+    attacks = {
+        "short": SHORT,
+        "GI-PIP": GIPIP(prior=prior, iterations=2),
+        "long": InvertingGradients(iterations=5),
+    }
+    runs = [
+        Run(arm, Scenario(model=model), attack)
+        for model in ("lenet", "convnet")
+        for arm, attack in attacks.items()
+    ]
     results = sweep(runs, store=tmp_path, scheduler=scheduler)
     assert [result.run for result in results] == runs
     assert all(same(result, execute(run)) for result, run in zip(results, runs, strict=True))
 
 
-def test_a_sweep_uses_the_given_scheduler_and_computes_duplicates_once(store, scheduler, monkeypatch):
+def test_a_sweep_uses_the_given_scheduler_and_computes_duplicates_once(
+    store, scheduler, monkeypatch
+):
     monkeypatch.setattr(distributed, "LocalCluster", None)
-    run, other = Run("one name", LENET, SHORT), Run("another", Scenario(model="lenet", seed=1), SHORT)
-    results = sweep([run, other, dataclasses.replace(run, arm="the same"), run], store=store, scheduler=scheduler)
+    run, other = (
+        Run("one name", LENET, SHORT),
+        Run("another", Scenario(model="lenet", seed=1), SHORT),
+    )
+    results = sweep(
+        [run, other, dataclasses.replace(run, arm="the same"), run],
+        store=store,
+        scheduler=scheduler,
+    )
     assert [result.run.arm for result in results] == ["one name", "another", "the same", "one name"]
     assert len(result_files(store)) == 2 and torch.equal(results[0].images, results[2].images)
 
@@ -495,12 +722,18 @@ def test_a_sweep_of_nothing_gives_no_results(store, no_cluster):
 
 
 def test_a_failing_run_does_not_stop_the_others_and_is_listed_with_its_error(store, scheduler):
-    runs = [Run("unlucky", LENET, FailsForSeed(failing=1, seed=seed, iterations=2)) for seed in range(3)]
+    runs = [
+        Run("unlucky", LENET, FailsForSeed(failing=1, seed=seed, iterations=2)) for seed in range(3)
+    ]
     too_deep = AnomalyScore(Autoencoder(width=1, depth=6))  # halves 32 pixels six times
     runs.append(Run("too deep", LENET, GIPIP(prior=too_deep, iterations=1)))
-    with pytest.raises(SweepError, match="2 of 4 runs failed; the other results are stored in") as error:
+    with pytest.raises(
+        SweepError, match="2 of 4 runs failed; the other results are stored in"
+    ) as error:
         sweep(runs, store=store, scheduler=scheduler)
-    assert "- unlucky on dataset='cifar10'" in str(error.value) and "ArithmeticError('no luck with seed 1')" in str(error.value)
+    assert "- unlucky on dataset='cifar10'" in str(
+        error.value
+    ) and "ArithmeticError('no luck with seed 1')" in str(error.value)
     assert "- too deep on" in str(error.value) and "Kernel size" in str(error.value)
     assert result_files(store) == sorted(store.path(runs[index]) for index in (0, 2))
 
@@ -516,7 +749,9 @@ def test_a_failing_run_does_not_stop_the_others_and_is_listed_with_its_error(sto
         ({"classes": (10,)}, DataError),
     ],
 )
-def test_an_impossible_scenario_is_refused_before_anything_is_computed(store, no_cluster, impossible, error):
+def test_an_impossible_scenario_is_refused_before_anything_is_computed(
+    store, no_cluster, impossible, error
+):
     with pytest.raises(error):
         sweep([Run("IG", LENET, SHORT), Run("IG", Scenario(**impossible), SHORT)], store=store)
 
@@ -532,42 +767,60 @@ def test_the_run_of_a_killed_worker_is_done_again_by_another(store, scheduler, t
 def test_a_run_whose_worker_dies_after_it_has_finished_is_no_failure(store, monkeypatch):
     client = MagicMock(spec=distributed.Client)
     client.submit.return_value.status = "lost"
-    monkeypatch.setattr(experiments, "as_finished", lambda client, futures, resources: list(futures))
+    monkeypatch.setattr(
+        experiments, "as_finished", lambda client, futures, resources: list(futures)
+    )
     assert experiments._execute_all(client, [Run("IG", LENET, SHORT)], store, {}) == []
 
 
 def test_workers_on_an_overloaded_machine_are_not_given_up_after_half_a_minute(scheduler):
     with distributed.Client(scheduler, set_as_default=False) as client:
         told = client.run(dask.config.get, "distributed.comm.timeouts.tcp")
-    assert dask.config.get("distributed.deploy.lost-worker-timeout") == "10 minutes" and set(told.values()) == {"10 minutes"}
+    assert dask.config.get("distributed.deploy.lost-worker-timeout") == "10 minutes" and set(
+        told.values()
+    ) == {"10 minutes"}
 
 
 def test_workers_that_store_elsewhere_are_noticed(store, monkeypatch):
     monkeypatch.setattr(ResultStore, "save", lambda store, result: None)
     with (
-        distributed.LocalCluster(1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        distributed.LocalCluster(
+            1, threads_per_worker=1, processes=False, dashboard_address=":0"
+        ) as cluster,
         pytest.raises(StoreError, match="1 results are not in .*The workers must see this folder"),
     ):
         sweep([Run("IG", LENET, SHORT)], store=store, scheduler=cluster.scheduler_address)
 
 
 def test_threads_of_one_worker_do_not_disturb_each_other(store):
-    scenarios = [Scenario(model=model, model_seed=seed) for model in ("lenet", "convnet") for seed in (1, 2)]
+    scenarios = [
+        Scenario(model=model, model_seed=seed) for model in ("lenet", "convnet") for seed in (1, 2)
+    ]
     runs = [Run("IG", scenario, InvertingGradients(iterations=1)) for scenario in scenarios]
-    with distributed.LocalCluster(1, threads_per_worker=4, processes=False, dashboard_address=":0") as cluster:
+    with distributed.LocalCluster(
+        1, threads_per_worker=4, processes=False, dashboard_address=":0"
+    ) as cluster:
         results = sweep(runs, store=store, scheduler=cluster.scheduler_address)
     assert all(same(result, execute(result.run)) for result in results)
 
 
-# Sweeps that die ---------------------------------------------------------------------------------------------------------------------
+# Sweeps that die ---------------------------------------------------------------
 
 
 def start_sweep_process(store):
     code = "import sys, gipip, test_experiments as t; gipip.sweep(t.twelve_runs(), store=sys.argv[1], workers=2)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        )
+    }
     command = [sys.executable, "-c", code, str(store.folder)]
-    heed_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which background jobs may not
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=heed_ctrl_c)
+    heed_ctrl_c = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # which background jobs may not
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=heed_ctrl_c
+    )
 
 
 def wait_until(condition, seconds=120):
@@ -585,11 +838,17 @@ def press_ctrl_c(process):
     os.killpg(process.pid, signal.SIGINT)  # a terminal or Jupyter sends it to the workers too
 
 
-def test_a_killed_sweep_leaves_whole_results_and_no_process_and_goes_on_where_it_was(store, scheduler):
+def test_a_killed_sweep_leaves_whole_results_and_no_process_and_goes_on_where_it_was(
+    store, scheduler
+):
     for end, results in [(kill_process, 3), (press_ctrl_c, 7)]:
         before = modified(result_files(store))
         process = start_sweep_process(store)
-        wait_until(lambda process=process, results=results: process.poll() is not None or len(result_files(store)) >= results)
+        wait_until(
+            lambda process=process, results=results: (
+                process.poll() is not None or len(result_files(store)) >= results
+            )
+        )
         family = psutil.Process(process.pid).children(recursive=True)
         end(process)
         assert process.wait(timeout=30) != 0 and len(family) >= 2
@@ -600,11 +859,14 @@ def test_a_killed_sweep_leaves_whole_results_and_no_process_and_goes_on_where_it
             read_tensors(path)
     before = modified(result_files(store))
     results = sweep(twelve_runs(), store=store, scheduler=scheduler)
-    assert len(results) == len(result_files(store)) == 12 and before.items() <= modified(result_files(store)).items()
+    assert (
+        len(results) == len(result_files(store)) == 12
+        and before.items() <= modified(result_files(store)).items()
+    )
     assert not list(store.folder.glob("*.damaged-*"))
 
 
-# Results -----------------------------------------------------------------------------------------------------------------------------
+# Results -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -612,13 +874,20 @@ def results():
     aware = {"auxiliary data": "1900 images"}
     return Results(
         [made_up("IG", [10.0 + seed], seed=seed) for seed in range(3)]
-        + [made_up("GI-PIP", [12.0 + 2 * seed], seed=seed, about=aware.items()) for seed in range(4)]
+        + [
+            made_up("GI-PIP", [12.0 + 2 * seed], seed=seed, about=aware.items())
+            for seed in range(4)
+        ]
         + [made_up("IG", [20.0, 22.0]), made_up("GI-PIP", [19.0, 25.0], about=aware.items())]
     )
 
 
 def test_results_are_a_sequence_and_a_slice_of_them_are_results(results):
-    assert len(results) == 9 and results[-1].run.arm == "GI-PIP" and [r.run.scenario.seed for r in results[:3]] == [0, 1, 2]
+    assert (
+        len(results) == 9
+        and results[-1].run.arm == "GI-PIP"
+        and [r.run.scenario.seed for r in results[:3]] == [0, 1, 2]
+    )
     assert isinstance(results[:3], Results)
 
 
@@ -637,8 +906,19 @@ def test_images_and_truth_are_those_of_all_results_in_order(results):
 def test_the_frame_has_a_row_an_image_with_arm_scenario_and_assumptions(results):
     frame = results.frame()
     assert len(frame) == 11 and list(frame["psnr"][:3]) == [10, 11, 12]
-    assert frame.groupby("arm")["auxiliary data"].unique().map(list).to_dict() == {"IG": ["none"], "GI-PIP": ["1900 images"]}
-    expected = {"batch_size": 2, "seed": 0, "model_seed": 0, "image": 1, "labels": "given", "BatchNorm": "eval mode", "machine": "a CPU"}
+    assert frame.groupby("arm")["auxiliary data"].unique().map(list).to_dict() == {
+        "IG": ["none"],
+        "GI-PIP": ["1900 images"],
+    }
+    expected = {
+        "batch_size": 2,
+        "seed": 0,
+        "model_seed": 0,
+        "image": 1,
+        "labels": "given",
+        "BatchNorm": "eval mode",
+        "machine": "a CPU",
+    }
     assert expected.items() <= frame.iloc[-1].to_dict().items()
 
 
@@ -646,31 +926,53 @@ def test_the_frame_has_a_column_for_every_field_of_the_scenario_or_the_assumptio
     frame = made_up("IG", [1.0, 2.0], classes=(3, 5), epochs=40, mode="train").frame()
     told = {"statistics": "BatchNorm", "fedavg": "local training", "defenses": "defence"}
     assert {told.get(name, name) for name in Scenario.model_fields} <= set(frame.columns)
-    assert list(frame["classes"]) == [(3, 5)] * 2 and set(frame["epochs"]) == {40} and set(frame["mode"]) == {"train"}
+    assert (
+        list(frame["classes"]) == [(3, 5)] * 2
+        and set(frame["epochs"]) == {40}
+        and set(frame["mode"]) == {"train"}
+    )
 
 
 def test_batches_of_other_classes_are_other_batches():
-    frames = [made_up("IG", [1.0], **about).frame() for about in ({}, {"classes": (3,)}, {"classes": (5,)}, {"distinct_labels": False})]
+    frames = [
+        made_up("IG", [1.0], **about).frame()
+        for about in ({}, {"classes": (3,)}, {"classes": (5,)}, {"distinct_labels": False})
+    ]
     assert pandas.concat(frames)["batch"].nunique() == 4
 
 
 def test_the_table_has_a_row_an_arm_and_setting_with_intervals_and_assumptions(results):
     table = results.table(["psnr"])
     assert list(zip(table["attack"], table["batch size"], table["images"], strict=True)) == [
-        ("IG", 1, 3), ("GI-PIP", 1, 4), ("IG", 2, 2), ("GI-PIP", 2, 2)
-    ]  # fmt: skip
-    assert table["psnr"][0].startswith("11.000 [") and table["psnr"][2] == "21.000 (no interval)"  # of one batch
-    assert list(table["auxiliary data"]) == ["none", "1900 images"] * 2 and set(table["labels"]) == {"given"}
+        ("IG", 1, 3),
+        ("GI-PIP", 1, 4),
+        ("IG", 2, 2),
+        ("GI-PIP", 2, 2),
+    ]
+    assert (
+        table["psnr"][0].startswith("11.000 [") and table["psnr"][2] == "21.000 (no interval)"
+    )  # of one batch
+    assert list(table["auxiliary data"]) == ["none", "1900 images"] * 2 and set(
+        table["labels"]
+    ) == {"given"}
 
 
 def test_the_table_does_not_average_over_different_assumptions():
-    parts = [made_up("IG", [10.0]), made_up("IG", [30.0], mode="train", about={"BatchNorm": "train mode"}.items())]
+    parts = [
+        made_up("IG", [10.0]),
+        made_up("IG", [30.0], mode="train", about={"BatchNorm": "train mode"}.items()),
+    ]
     table = Results(parts).table(["psnr"])
-    assert list(table["BatchNorm"]) == ["eval mode", "train mode"] and table["psnr"][1].startswith("30.000")
+    assert list(table["BatchNorm"]) == ["eval mode", "train mode"] and table["psnr"][1].startswith(
+        "30.000"
+    )
 
 
 def test_the_table_does_not_average_over_untrained_and_trained_clients():
-    table = Results(made_up("IG", [psnr], model="convnet16", epochs=epochs) for epochs, psnr in {0: 30.0, 40: 20.0}.items()).table(["psnr"])
+    table = Results(
+        made_up("IG", [psnr], model="convnet16", epochs=epochs)
+        for epochs, psnr in {0: 30.0, 40: 20.0}.items()
+    ).table(["psnr"])
     assert list(table["model"]) == ["convnet16", "convnet16@40"]
     assert [text.split()[0] for text in table["psnr"]] == ["30.000", "20.000"]
 
@@ -689,19 +991,43 @@ def test_an_effect_counts_batches_and_pairs_images_within_them(results):
 
 
 @pytest.mark.parametrize(
-    ("name", "a", "b"), [("mode", "eval", "train"), ("labels", "given", "withheld"), ("epochs", 0, 40), ("fedavg", None, FedAvg(steps=2))]
+    ("name", "a", "b"),
+    [
+        ("mode", "eval", "train"),
+        ("labels", "given", "withheld"),
+        ("epochs", 0, 40),
+        ("fedavg", None, FedAvg(steps=2)),
+    ],
 )
 def test_a_difference_pairs_the_images_of_scenarios_that_differ_in_one_field(name, a, b):
-    psnr = {(a, 0): [20.0, 22.0], (a, 1): [30.0, 31.0], (b, 1): [27.0, 30.0], (b, 0): [19.0, 19.0], (b, 2): [5.0, 5.0]}
-    results = Results(made_up("IG", values, seed=seed, **{name: value}) for (value, seed), values in psnr.items())
+    psnr = {
+        (a, 0): [20.0, 22.0],
+        (a, 1): [30.0, 31.0],
+        (b, 1): [27.0, 30.0],
+        (b, 0): [19.0, 19.0],
+        (b, 2): [5.0, 5.0],
+    }
+    results = Results(
+        made_up("IG", values, seed=seed, **{name: value}) for (value, seed), values in psnr.items()
+    )
     difference = results.difference({"arm": "IG", name: a}, {"arm": "IG", name: b})
-    assert (difference.mean, difference.count) == ((1 + 3 + 3 + 1) / 4, 2)  # seed 2 was attacked on one side only
+    assert (difference.mean, difference.count) == (
+        (1 + 3 + 3 + 1) / 4,
+        2,
+    )  # seed 2 was attacked on one side only
     assert difference == paired_difference([20, 22, 30, 31], [19, 19, 27, 30], groups=[0, 0, 1, 1])
     assert results.difference({name: b}, {name: a}).mean == -2
 
 
 def test_a_difference_may_be_of_arms_and_scenarios_at_once_and_in_any_metric():
-    results = Results([made_up("IG", [10.0], mode="train"), made_up("IG", [12.0]), made_up("GI-PIP", [15.0]), made_up("DLG", [1.0])])
+    results = Results(
+        [
+            made_up("IG", [10.0], mode="train"),
+            made_up("IG", [12.0]),
+            made_up("GI-PIP", [15.0]),
+            made_up("DLG", [1.0]),
+        ]
+    )
     sides = {"arm": "GI-PIP", "mode": "eval"}, {"arm": "IG", "mode": "train"}
     assert results.difference(*sides).mean == 5 and results.difference(*sides, "lpips").mean == 0
 
@@ -710,18 +1036,42 @@ def test_a_difference_of_real_attacks_is_that_of_their_images_on_the_same_privat
     scenarios = [Scenario(model="convnet16", batch_size=2, mode=mode) for mode in ("eval", "train")]
     results = Results(execute(Run("IG", scenario, SHORT)) for scenario in scenarios)
     assert torch.equal(results[0].truth, results[1].truth)
-    psnr = [-10 * (result.images - result.truth).square().mean((1, 2, 3)).log10() for result in results]
-    assert results.difference({"mode": "eval"}, {"mode": "train"}).mean == pytest.approx((psnr[0] - psnr[1]).mean().item(), rel=1e-3)
+    psnr = [
+        -10 * (result.images - result.truth).square().mean((1, 2, 3)).log10() for result in results
+    ]
+    assert results.difference({"mode": "eval"}, {"mode": "train"}).mean == pytest.approx(
+        (psnr[0] - psnr[1]).mean().item(), rel=1e-3
+    )
 
 
 def test_a_difference_with_an_image_attacked_twice_on_one_side_is_an_error_that_says_what_to_name():
-    results = Results(made_up("IG", [10.0], mode=mode, labels=labels) for mode in ("eval", "train") for labels in ("given", "withheld"))
-    with pytest.raises(DataError, match="several results for one image: name a scenario's field too"):
+    results = Results(
+        made_up("IG", [10.0], mode=mode, labels=labels)
+        for mode in ("eval", "train")
+        for labels in ("given", "withheld")
+    )
+    with pytest.raises(
+        DataError, match="several results for one image: name a scenario's field too"
+    ):
         results.difference({"mode": "eval"}, {"mode": "train", "labels": "given"})
-    assert results.difference({"mode": "eval", "labels": "given"}, {"mode": "train", "labels": "given"}).count == 1
+    assert (
+        results.difference(
+            {"mode": "eval", "labels": "given"}, {"mode": "train", "labels": "given"}
+        ).count
+        == 1
+    )
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"classes": (3,)}, {"model_seed": 1}, {"pool": "tuning"}, {"distinct_labels": False}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"classes": (3,)},
+        {"model_seed": 1},
+        {"pool": "tuning"},
+        {"distinct_labels": False},
+    ],
+)
 def test_a_difference_of_other_images_or_weights_is_refused(other):
     results = Results([made_up("IG", [10.0]), made_up("GI-PIP", [12.0], **other)])
     with pytest.raises(DataError, match="share no image. Give both the same batches"):
@@ -734,9 +1084,15 @@ def test_a_difference_to_nothing_is_refused(results):
 
 
 def test_effects_answer_each_question_for_each_model_and_batch_size_with_a_verdict(results):
-    table = results.effects({"gain": ("GI-PIP", "IG"), "nothing": ("IG", "IG")}, metrics=["psnr"]).set_index("comparison")
-    assert list(table.index) == [f"convnet, B = {size}, {question}" for size in (1, 2) for question in ("gain", "nothing")]
-    assert table.loc["convnet, B = 1, gain", "effect"] == results.effect("GI-PIP", "IG", batch_size=1)
+    table = results.effects(
+        {"gain": ("GI-PIP", "IG"), "nothing": ("IG", "IG")}, metrics=["psnr"]
+    ).set_index("comparison")
+    assert list(table.index) == [
+        f"convnet, B = {size}, {question}" for size in (1, 2) for question in ("gain", "nothing")
+    ]
+    assert table.loc["convnet, B = 1, gain", "effect"] == results.effect(
+        "GI-PIP", "IG", batch_size=1
+    )
     assert table.loc["convnet, B = 2, nothing", "effect"].mean == 0
     assert set(table["verdict"]) == {"undecided at this scale"}  # three batches at most
 
@@ -759,7 +1115,9 @@ def test_an_effect_of_nothing_shared_is_an_error(results):
 
 
 def test_an_effect_with_several_results_for_one_image_is_an_error_until_one_is_selected():
-    results = Results(made_up(arm, [10.0], mode=mode) for arm in ("IG", "GI-PIP") for mode in ("eval", "train"))
+    results = Results(
+        made_up(arm, [10.0], mode=mode) for arm in ("IG", "GI-PIP") for mode in ("eval", "train")
+    )
     with pytest.raises(DataError, match="several results for one image"):
         results.effect("GI-PIP", "IG")
     assert results.effect("GI-PIP", "IG", mode="train").mean == 0
@@ -768,5 +1126,3 @@ def test_an_effect_with_several_results_for_one_image_is_an_error_until_one_is_s
 def test_a_frame_of_no_results_is_an_error_that_says_so(results):
     with pytest.raises(DataError, match="There are no results"):
         results.select(seed=99).frame()
-
-

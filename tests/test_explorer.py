@@ -1,4 +1,6 @@
-"""The explorer's panel, without a browser: what its widgets hold before, during and after an attack."""
+"""The explorer's panel, without a browser: what its widgets hold before, during and
+after an attack.
+"""
 
 import io
 import time
@@ -9,7 +11,7 @@ from PIL import Image
 
 from gipip import explorer as module
 from gipip.attacks import DLG, GIPIP, InvertingGradients
-from gipip.data import load_dataset
+from gipip.data.datasets import load_dataset
 from gipip.explorer import Explorer, explore, picture
 from gipip.priors import load_prior
 
@@ -45,7 +47,10 @@ def test_when_nobody_watches_no_panel_is_built_and_one_stable_line_says_so(monke
     monkeypatch.setenv("GIPIP_HEADLESS", "1")
     monkeypatch.setattr(module, "Explorer", None)
     assert explore(load_dataset("cifar10"), load_prior()) is None
-    assert capsys.readouterr().out == "The explorer is a live panel: it is built only when a person has the notebook open.\n"
+    assert (
+        capsys.readouterr().out
+        == "The explorer is a live panel: it is built only when a person has the notebook open.\n"
+    )
 
 
 def test_a_person_who_watches_gets_the_panel(monkeypatch):
@@ -63,13 +68,18 @@ def test_the_truth_is_shown_and_follows_batch_and_batch_size(explorer):
     assert explorer.truth.value == picture(explorer.data.private(batch_size=4, seed=1).images)
 
 
-@pytest.mark.parametrize(("attack", "kind"), [("GIPIP", GIPIP), ("Inverting Gradients", InvertingGradients), ("DLG", DLG)])
+@pytest.mark.parametrize(
+    ("attack", "kind"),
+    [("GIPIP", GIPIP), ("Inverting Gradients", InvertingGradients), ("DLG", DLG)],
+)
 def test_every_attack_runs_and_ends_with_its_picture_and_quality(explorer, attack, kind):
     explorer.model.value, explorer.attack.label = "lenet", attack
     blank = explorer.reconstruction.value
     finish(explorer)
     assert isinstance(explorer._chosen_attack(), kind)
-    assert explorer.reconstruction.value != blank and size(explorer.reconstruction.value) == size(explorer.truth.value)
+    assert explorer.reconstruction.value != blank and size(explorer.reconstruction.value) == size(
+        explorer.truth.value
+    )
     assert "PSNR" in explorer.message.value and "SSIM" in explorer.message.value
     assert explorer.bar.value == 6 and explorer.status.value.startswith("6 of 6 iterations, cost")
 
@@ -92,17 +102,29 @@ def test_weights_that_the_attack_does_not_have_are_disabled(explorer):
     for attack in ("DLG", "Inverting Gradients", "GIPIP"):
         explorer.attack.label = attack
         states[attack] = (explorer.tv_weight.disabled, explorer.as_weight.disabled)
-    assert states == {"DLG": (True, True), "Inverting Gradients": (False, True), "GIPIP": (False, False)}
+    assert states == {
+        "DLG": (True, True),
+        "Inverting Gradients": (False, True),
+        "GIPIP": (False, False),
+    }
 
 
 def test_start_and_stop_are_enabled_in_turn_and_the_controls_wait(explorer):
     explorer.iterations.value = 10_000
     assert (explorer.start_button.disabled, explorer.stop_button.disabled) == (False, True)
     explorer.start_button.click()
-    assert (explorer.start_button.disabled, explorer.stop_button.disabled, explorer.seed.disabled) == (True, False, True)
+    assert (
+        explorer.start_button.disabled,
+        explorer.stop_button.disabled,
+        explorer.seed.disabled,
+    ) == (True, False, True)
     explorer.stop_button.click()
     explorer.thread.join(60)
-    assert (explorer.start_button.disabled, explorer.stop_button.disabled, explorer.seed.disabled) == (False, True, False)
+    assert (
+        explorer.start_button.disabled,
+        explorer.stop_button.disabled,
+        explorer.seed.disabled,
+    ) == (False, True, False)
 
 
 def test_a_stopped_attack_shows_what_it_reached(explorer):
@@ -111,7 +133,9 @@ def test_a_stopped_attack_shows_what_it_reached(explorer):
     wait_for(lambda: explorer.bar.value > 0)
     explorer.stop()
     explorer.thread.join(60)
-    assert "PSNR" in explorer.message.value and "stopped by the user after" in explorer.message.value
+    assert (
+        "PSNR" in explorer.message.value and "stopped by the user after" in explorer.message.value
+    )
     assert 0 < explorer.bar.value < 10_000 and explorer.bar.bar_style == "warning"
 
 
@@ -128,7 +152,11 @@ def test_a_new_start_clears_what_the_last_run_left(explorer, monkeypatch):
     finish(explorer)
     monkeypatch.setattr(Explorer, "_invert", lambda self: None)
     finish(explorer)
-    assert (explorer.reconstruction.value, explorer.status.value, explorer.bar.value) == (blank, "", 0)
+    assert (explorer.reconstruction.value, explorer.status.value, explorer.bar.value) == (
+        blank,
+        "",
+        0,
+    )
 
 
 def test_after_a_run_another_can_be_started(explorer):
@@ -146,7 +174,11 @@ def test_an_error_is_shown_in_the_panel_and_the_controls_come_back(explorer, mon
     monkeypatch.setattr(module, "build_model", fail)
     finish(explorer)
     assert "RuntimeError: no &lt;memory&gt; left" in explorer.message.value
-    assert explorer.bar.bar_style == "danger" and not explorer.start_button.disabled and explorer.stop_button.disabled
+    assert (
+        explorer.bar.bar_style == "danger"
+        and not explorer.start_button.disabled
+        and explorer.stop_button.disabled
+    )
 
 
 def test_the_attack_shows_no_progress_of_its_own(explorer, capsys):
@@ -163,4 +195,6 @@ def test_a_picture_keeps_the_pixels_values():
     image = torch.zeros(1, 3, 32, 32)
     image[0, 0, 5, 7] = 1
     png = Image.open(io.BytesIO(picture(image)))
-    assert png.getpixel((7 * 8 + 4, 5 * 8 + 4)) == (255, 0, 0) and png.getpixel((8 * 8, 5 * 8 + 4)) == (0, 0, 0)
+    assert png.getpixel((7 * 8 + 4, 5 * 8 + 4)) == (255, 0, 0) and png.getpixel(
+        (8 * 8, 5 * 8 + 4)
+    ) == (0, 0, 0)

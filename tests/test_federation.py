@@ -1,4 +1,6 @@
-"""What crosses the wire: the gradient of one batch or what local training changes, and nothing the client withholds."""
+"""What crosses the wire: the gradient of one batch or what local training changes, and
+nothing the client withholds.
+"""
 
 import copy
 import dataclasses
@@ -9,11 +11,17 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from gipip.data import LabeledImages, load_dataset
-from gipip.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
+from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import LabelError, ModelError, UpdateError
-from gipip.federation import Client, FedAvg, batch_statistics, local_update, train_federated
-from gipip.models import accuracy, build_model, client_model, model_fingerprint, trainable
+from gipip.federation.client import Client, FedAvg, batch_statistics, local_update, train_federated
+from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
+from gipip.federation.models import (
+    accuracy,
+    build_model,
+    client_model,
+    model_fingerprint,
+    trainable,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +31,9 @@ def data():
 
 @pytest.fixture
 def softmax_regression():
-    model = client_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = client_model(
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     return model.double()
 
 
@@ -59,7 +69,11 @@ def test_given_labels_are_shared_and_withheld_ones_are_nowhere_in_the_update(dat
     assert torch.equal(client.share(batch).labels, batch.labels)
     withheld = client.share(batch, labels="withheld")
     assert withheld.labels is None
-    integers = [value for value in vars(withheld).values() if isinstance(value, torch.Tensor) and not value.is_floating_point()]
+    integers = [
+        value
+        for value in vars(withheld).values()
+        if isinstance(value, torch.Tensor) and not value.is_floating_point()
+    ]
     assert integers == []
 
 
@@ -94,7 +108,9 @@ def test_sharing_leaves_the_clients_model_as_it_was(data, mode):
 @pytest.mark.parametrize("label", [-100, -1, 10])
 def test_a_label_out_of_range_is_refused_with_the_range(label):
     batch = LabeledImages(torch.rand(2, 3, 32, 32), torch.tensor([3, label]))
-    with pytest.raises(LabelError, match=f"Label {label} is out of range.*10 classes.*0 to 9.*num_classes"):
+    with pytest.raises(
+        LabelError, match=f"Label {label} is out of range.*10 classes.*0 to 9.*num_classes"
+    ):
         Client(build_model("lenet")).share(batch)
 
 
@@ -125,7 +141,9 @@ def test_an_update_passes_the_check_against_its_own_model_and_no_other(data):
     update.check(model)
     with pytest.raises(UpdateError, match="other weights.*very model that the server sent"):
         update.check(build_model("lenet", seed=1))
-    with pytest.raises(UpdateError, match="8 gradients do not fit the model's 26 parameters.*another architecture"):
+    with pytest.raises(
+        UpdateError, match="8 gradients do not fit the model's 26 parameters.*another architecture"
+    ):
         update.check(build_model("convnet"))
 
 
@@ -146,11 +164,13 @@ def test_an_update_with_a_gradient_too_many_is_refused(data):
         longer.check(model)
 
 
-# Local training (FedAvg) -------------------------------------------------------------------------------------------------------------
+# Local training (FedAvg) -------------------------------------------------------
 
 
 def network_with_batch_norm(seed=0):
-    """Two BatchNorm layers on 6×6 images, in double precision, with running statistics that are not those of any batch."""
+    """Two BatchNorm layers on 6×6 images, in double precision, with running statistics
+    that are not those of any batch.
+    """
     torch.manual_seed(seed)
     layers = [
         nn.Conv2d(3, 4, 3),
@@ -169,7 +189,10 @@ def network_with_batch_norm(seed=0):
 
 @pytest.fixture
 def five_images():
-    return LabeledImages(torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1, 2, 0]))
+    return LabeledImages(
+        torch.rand(5, 3, 6, 6, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 2, 1, 2, 0]),
+    )
 
 
 def change_by_sgd(model, batch, minibatches, learning_rate):
@@ -178,10 +201,15 @@ def change_by_sgd(model, batch, minibatches, learning_rate):
     optimizer = torch.optim.SGD(trained.parameters(), lr=learning_rate)
     for rows in minibatches:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(trained(batch.images[rows].double()), batch.labels[rows]).backward()
+        nn.functional.cross_entropy(
+            trained(batch.images[rows].double()), batch.labels[rows]
+        ).backward()
         optimizer.step()
     scale = learning_rate * len(minibatches)
-    return [(before - after).detach() / scale for before, after in zip(model.parameters(), trained.parameters(), strict=True)]
+    return [
+        (before - after).detach() / scale
+        for before, after in zip(model.parameters(), trained.parameters(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -189,7 +217,9 @@ def change_by_sgd(model, batch, minibatches, learning_rate):
 def test_one_local_step_on_the_whole_batch_shares_the_gradient_of_fedsgd(five_images, mode, size):
     client = Client(network_with_batch_norm())
     gradient = client.share(five_images, mode=mode).gradients
-    changed = client.share(five_images, mode=mode, fedavg=FedAvg(steps=1, batch_size=size, learning_rate=0.3)).gradients
+    changed = client.share(
+        five_images, mode=mode, fedavg=FedAvg(steps=1, batch_size=size, learning_rate=0.3)
+    ).gradients
     torch.testing.assert_close(changed, gradient, rtol=1e-9, atol=1e-12)
 
 
@@ -204,12 +234,18 @@ def test_one_local_step_on_the_whole_batch_shares_the_gradient_of_fedsgd(five_im
     ],
     ids=["whole batch", "one pass", "from the beginning again", "single images"],
 )
-def test_local_training_shares_what_torchs_sgd_changes_on_the_same_mini_batches(five_images, fedavg, minibatches, mode):
+def test_local_training_shares_what_torchs_sgd_changes_on_the_same_mini_batches(
+    five_images, fedavg, minibatches, mode
+):
     model = network_with_batch_norm()
     update = Client(model).share(five_images, mode=mode, fedavg=fedavg)
-    expected = change_by_sgd(copy.deepcopy(model).train(mode == "train"), five_images, minibatches, fedavg.learning_rate)
+    expected = change_by_sgd(
+        copy.deepcopy(model).train(mode == "train"), five_images, minibatches, fedavg.learning_rate
+    )
     torch.testing.assert_close(list(update.gradients), expected, rtol=1e-7, atol=1e-10)
-    assert update.fedavg == fedavg and not any(gradient.requires_grad for gradient in update.gradients)
+    assert update.fedavg == fedavg and not any(
+        gradient.requires_grad for gradient in update.gradients
+    )
 
 
 def test_local_training_leaves_frozen_parameters_and_the_clients_model_alone(five_images):
@@ -223,7 +259,14 @@ def test_local_training_leaves_frozen_parameters_and_the_clients_model_alone(fiv
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0}, {"learning_rate": float("nan")}, {"epochs": 2}]
+    "settings",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0},
+        {"learning_rate": float("nan")},
+        {"epochs": 2},
+    ],
 )
 def test_impossible_local_training_is_refused_by_name(settings):
     with pytest.raises(pydantic.ValidationError, match=next(iter(settings))):
@@ -235,29 +278,50 @@ LOCAL = [None, FedAvg(steps=3, batch_size=2, learning_rate=0.2)]
 
 def smooth(inputs=27):
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 2), nn.Sigmoid(), nn.Linear(2, 3)).double()
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 2), nn.Sigmoid(), nn.Linear(2, 3)
+    ).double()
     return network, trainable(network)
 
 
 @pytest.mark.parametrize("fedavg", LOCAL, ids=["FedSGD", "FedAvg"])
 def test_the_gradient_of_an_update_in_the_inputs_agrees_with_finite_differences(fedavg):
     network, parameters = smooth()
-    inputs, labels = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0, 1])
-    assert gradcheck(lambda x: local_update(network, parameters, x, labels, fedavg, create_graph=True), (inputs,))
+    inputs, labels = (
+        torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True),
+        torch.tensor([2, 0, 1]),
+    )
+    assert gradcheck(
+        lambda x: local_update(network, parameters, x, labels, fedavg, create_graph=True), (inputs,)
+    )
 
 
 @pytest.mark.parametrize("fedavg", LOCAL, ids=["FedSGD", "FedAvg"])
 def test_the_gradient_of_an_update_in_soft_labels_agrees_with_finite_differences(fedavg):
     network, parameters = smooth()
-    inputs, logits = torch.randn(3, 3, 3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda y: local_update(network, parameters, inputs, y.softmax(1), fedavg, create_graph=True), (logits,))
+    inputs, logits = (
+        torch.randn(3, 3, 3, 3, dtype=torch.float64),
+        torch.randn(3, 3, dtype=torch.float64, requires_grad=True),
+    )
+    assert gradcheck(
+        lambda y: local_update(
+            network, parameters, inputs, y.softmax(1), fedavg, create_graph=True
+        ),
+        (logits,),
+    )
 
 
 @pytest.mark.parametrize("fedavg", LOCAL, ids=["FedSGD", "FedAvg"])
 def test_an_update_is_the_same_with_and_without_a_graph(fedavg):
     network, parameters = smooth()
-    inputs, labels = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0, 1])
-    plain, graph = (local_update(network, parameters, inputs, labels, fedavg, create_graph=choice) for choice in (False, True))
+    inputs, labels = (
+        torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True),
+        torch.tensor([2, 0, 1]),
+    )
+    plain, graph = (
+        local_update(network, parameters, inputs, labels, fedavg, create_graph=choice)
+        for choice in (False, True)
+    )
     torch.testing.assert_close(plain, graph)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(plain[0].sum(), inputs)
@@ -267,17 +331,24 @@ def test_one_hot_labels_give_the_update_of_their_classes():
     network, parameters = smooth()
     inputs, labels = torch.randn(3, 3, 3, 3, dtype=torch.float64), torch.tensor([2, 0, 1])
     one_hot = nn.functional.one_hot(labels, 3).double()
-    torch.testing.assert_close(local_update(network, parameters, inputs, one_hot), local_update(network, parameters, inputs, labels))
+    torch.testing.assert_close(
+        local_update(network, parameters, inputs, one_hot),
+        local_update(network, parameters, inputs, labels),
+    )
 
 
-# BatchNorm statistics ----------------------------------------------------------------------------------------------------------------
+# BatchNorm statistics ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("fedavg", LOCAL, ids=["FedSGD", "FedAvg"])
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_shared_statistics_are_mean_and_biased_variance_of_what_enters_each_batch_norm(five_images, mode, fedavg):
+def test_shared_statistics_are_mean_and_biased_variance_of_what_enters_each_batch_norm(
+    five_images, mode, fedavg
+):
     model = network_with_batch_norm()
-    shared = Client(model).share(five_images, mode=mode, statistics="shared", fedavg=fedavg).statistics
+    shared = (
+        Client(model).share(five_images, mode=mode, statistics="shared", fedavg=fedavg).statistics
+    )
     model.train(mode == "train")
     x, expected = (five_images.images.double() - 0.5) / 0.25, []
     for layer in model.network:
@@ -307,19 +378,27 @@ def test_collecting_statistics_leaves_no_hook_behind_even_after_an_error():
     assert found == []
 
 
-# Defences ----------------------------------------------------------------------------------------------------------------------------
+# Defences ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fedavg", [None, FedAvg(steps=2, learning_rate=0.1)])
 def test_defenses_are_applied_in_their_order(five_images, fedavg):
-    client, defenses = Client(network_with_batch_norm()), [GaussianNoise(std=0.1), Clipping(max_norm=0.5)]
+    client, defenses = (
+        Client(network_with_batch_norm()),
+        [GaussianNoise(std=0.1), Clipping(max_norm=0.5)],
+    )
     update = client.share(five_images, fedavg=fedavg, defenses=defenses)
     by_hand = defenses[1](defenses[0](client.share(five_images, fedavg=fedavg)))
     assert all(map(torch.equal, update.gradients, by_hand.gradients))
     assert update.defenses == ("noise 0.1", "clip 0.5")
     reverse = client.share(five_images, fedavg=fedavg, defenses=defenses[::-1])
-    norms = [sum(gradient.square().sum() for gradient in found.gradients).sqrt().item() for found in (update, reverse)]
-    assert norms[0] == pytest.approx(0.5) and norms[1] > 0.6  # noise after clipping lengthens the gradient again
+    norms = [
+        sum(gradient.square().sum() for gradient in found.gradients).sqrt().item()
+        for found in (update, reverse)
+    ]
+    assert (
+        norms[0] == pytest.approx(0.5) and norms[1] > 0.6
+    )  # noise after clipping lengthens the gradient again
     update.check(client.model)
 
 
@@ -343,14 +422,16 @@ def test_defences_that_look_at_the_batch_work_when_a_client_shares(five_images, 
     assert not all(map(torch.equal, bare.gradients, update.gradients))
 
 
-# Federated training ------------------------------------------------------------------------------------------------------------------
+# Federated training ------------------------------------------------------------
 
 
 @pytest.fixture
 def bright_or_dark():
     """40 images in two classes that their brightness tells apart."""
     labels = torch.arange(40) % 2
-    images = 0.3 * torch.rand(40, 3, 6, 6, generator=torch.Generator().manual_seed(0)) + 0.6 * labels.view(-1, 1, 1, 1)
+    images = 0.3 * torch.rand(
+        40, 3, 6, 6, generator=torch.Generator().manual_seed(0)
+    ) + 0.6 * labels.view(-1, 1, 1, 1)
     return LabeledImages(images, labels)
 
 
@@ -362,44 +443,80 @@ def test_federated_training_learns_and_gives_a_copy_in_eval_mode(bright_or_dark)
     model = in_single_precision()
     before = model_fingerprint(model)
     trained = train_federated(model, bright_or_dark, steps=30, batch_size=8)
-    losses = [nn.functional.cross_entropy(each(bright_or_dark.images), bright_or_dark.labels).item() for each in (model, trained)]
+    losses = [
+        nn.functional.cross_entropy(each(bright_or_dark.images), bright_or_dark.labels).item()
+        for each in (model, trained)
+    ]
     assert losses[1] < losses[0] / 3 and accuracy(trained, bright_or_dark) == 1
-    assert model_fingerprint(model) == before and all(parameter.grad is None for parameter in model.parameters())
+    assert model_fingerprint(model) == before and all(
+        parameter.grad is None for parameter in model.parameters()
+    )
     assert not any(module.training for module in trained.modules())
 
 
-def test_federated_training_is_determined_by_its_seed_and_leaves_the_global_generator_alone(bright_or_dark):
+def test_federated_training_is_determined_by_its_seed_and_leaves_the_global_generator_alone(
+    bright_or_dark,
+):
     model = in_single_precision()
     before = torch.get_rng_state()
-    prints = [model_fingerprint(train_federated(model, bright_or_dark, steps=3, batch_size=4, seed=seed)) for seed in (1, 1, 2)]
+    prints = [
+        model_fingerprint(train_federated(model, bright_or_dark, steps=3, batch_size=4, seed=seed))
+        for seed in (1, 1, 2)
+    ]
     assert prints[0] == prints[1] != prints[2]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_federated_training_ends_with_the_running_statistics_of_all_images(bright_or_dark):
     trained = train_federated(in_single_precision(), bright_or_dark, steps=3, batch_size=4)
-    entering = trained.network[0](trained.normalize(bright_or_dark.images)).transpose(0, 1).flatten(1)
+    entering = (
+        trained.network[0](trained.normalize(bright_or_dark.images)).transpose(0, 1).flatten(1)
+    )
     torch.testing.assert_close(trained.network[1].running_mean, entering.mean(1).detach())
     torch.testing.assert_close(trained.network[1].running_var, entering.var(1).detach())
 
 
-@pytest.mark.parametrize("defenses", [[], [Sparsification(sparsity=0.9)], [GaussianNoise(std=1.0), Clipping(max_norm=0.1)]])
-def test_a_federated_step_is_one_of_sgd_along_the_clipped_update_that_the_client_shares_under_its_defences(softmax_regression, defenses):
+@pytest.mark.parametrize(
+    "defenses",
+    [[], [Sparsification(sparsity=0.9)], [GaussianNoise(std=1.0), Clipping(max_norm=0.1)]],
+)
+def test_a_federated_step_is_one_of_sgd_along_the_clipped_update_that_the_client_shares_under_its_defences(
+    softmax_regression, defenses
+):
     model = softmax_regression.float()
-    equal = LabeledImages(torch.rand(1, 3, 2, 2).repeat(6, 1, 1, 1), torch.ones(6, dtype=torch.int64))  # whichever are drawn
+    equal = LabeledImages(
+        torch.rand(1, 3, 2, 2).repeat(6, 1, 1, 1), torch.ones(6, dtype=torch.int64)
+    )  # whichever are drawn
     shared = Client(model).share(equal[:4], defenses=defenses).gradients
-    trained = train_federated(model, equal, steps=1, batch_size=4, learning_rate=0.2, defenses=defenses)
-    scale = min(1.0, 1 / torch.cat([gradient.flatten() for gradient in shared]).norm().item())  # the server's clipping
-    for before, after, gradient in zip(model.parameters(), trained.parameters(), shared, strict=True):
+    trained = train_federated(
+        model, equal, steps=1, batch_size=4, learning_rate=0.2, defenses=defenses
+    )
+    scale = min(
+        1.0, 1 / torch.cat([gradient.flatten() for gradient in shared]).norm().item()
+    )  # the server's clipping
+    for before, after, gradient in zip(
+        model.parameters(), trained.parameters(), shared, strict=True
+    ):
         torch.testing.assert_close(after, before - 0.2 * scale * gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_a_finished_federated_training_is_loaded_from_the_store_and_another_is_not(bright_or_dark, tmp_path, monkeypatch):
+def test_a_finished_federated_training_is_loaded_from_the_store_and_another_is_not(
+    bright_or_dark, tmp_path, monkeypatch
+):
     model, settings = in_single_precision(), {"steps": 2, "batch_size": 4, "store": tmp_path}
-    trained = [train_federated(model, bright_or_dark, **settings, defenses=list(some)) for some in ([], [Clipping(max_norm=0.1)])]
+    trained = [
+        train_federated(model, bright_or_dark, **settings, defenses=list(some))
+        for some in ([], [Clipping(max_norm=0.1)])
+    ]
     monkeypatch.setattr(Client, "share", None)  # training again would fail
-    again = [train_federated(model, bright_or_dark, **settings, defenses=list(some)) for some in ([], [Clipping(max_norm=0.1)])]
-    assert list(map(model_fingerprint, again)) == list(map(model_fingerprint, trained)) and not again[0].training
+    again = [
+        train_federated(model, bright_or_dark, **settings, defenses=list(some))
+        for some in ([], [Clipping(max_norm=0.1)])
+    ]
+    assert (
+        list(map(model_fingerprint, again)) == list(map(model_fingerprint, trained))
+        and not again[0].training
+    )
     assert len(set(map(model_fingerprint, trained))) == 2
     for change in ({"seed": 1}, {"steps": 3}, {"learning_rate": 0.1}):
         with pytest.raises(TypeError):

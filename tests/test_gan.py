@@ -1,13 +1,22 @@
-"""The generator: shapes, augmentation, a training of a few steps on real images, and the kernel distance that judges it."""
+"""The generator: shapes, augmentation, a training of a few steps on real images, and
+the kernel distance that judges it.
+"""
 
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from gipip.data import LabeledImages, load_dataset
+from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import DamagedFileError, DataError, GipipError
 from gipip.files import write_tensors
-from gipip.priors import AnomalyScore, Autoencoder, GenerativePrior, Generator, load_generator, train_generator
+from gipip.priors import (
+    AnomalyScore,
+    Autoencoder,
+    GenerativePrior,
+    Generator,
+    load_generator,
+    train_generator,
+)
 from gipip.priors import gan as module
 
 
@@ -26,10 +35,12 @@ def _small(monkeypatch):
 
 
 def train(images, **changes):
-    return train_generator(images, **{"width": 4, "latent_size": 6, "steps": 3, "batch_size": 8} | changes)
+    return train_generator(
+        images, **{"width": 4, "latent_size": 6, "steps": 3, "batch_size": 8} | changes
+    )
 
 
-# Networks ----------------------------------------------------------------------------------------------------------------------------
+# Networks ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
@@ -46,23 +57,34 @@ def test_another_image_size_is_refused_with_the_sizes_there_are(size):
 
 
 def test_channels_double_towards_the_4_by_4_map():
-    widths = [layer.out_channels for layer in Generator(width=5, image_size=32).layers if isinstance(layer, torch.nn.ConvTranspose2d)]
+    widths = [
+        layer.out_channels
+        for layer in Generator(width=5, image_size=32).layers
+        if isinstance(layer, torch.nn.ConvTranspose2d)
+    ]
     assert widths == [20, 10, 5, 3]
 
 
 def test_samples_are_determined_by_their_seed_and_leave_the_global_generator_alone():
     prior, before = GenerativePrior(Generator(4, 6, 16)), torch.get_rng_state()
     first, again, other = (prior.sample(3, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (3, 3, 16, 16)
+    assert (
+        torch.equal(first, again)
+        and not torch.equal(first, other)
+        and first.shape == (3, 3, 16, 16)
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_prior_is_never_trained():
     prior = GenerativePrior(Generator(4, 6, 16))
-    assert not any(parameter.requires_grad for parameter in prior.parameters()) and not prior.generator.training
+    assert (
+        not any(parameter.requires_grad for parameter in prior.parameters())
+        and not prior.generator.training
+    )
 
 
-# Augmentation ------------------------------------------------------------------------------------------------------------------------
+# Augmentation ------------------------------------------------------------------
 
 
 def augmentation(seed, count=3):
@@ -78,7 +100,9 @@ def test_an_augmentation_is_the_same_for_equal_random_numbers_and_whenever_it_is
 
 def test_every_image_of_a_batch_is_augmented_in_its_own_way():
     augmented = augmentation(1)(torch.rand(1, 3, 16, 16).expand(3, -1, -1, -1))
-    assert not torch.equal(augmented[0], augmented[1]) and not torch.equal(augmented[1], augmented[2])
+    assert not torch.equal(augmented[0], augmented[1]) and not torch.equal(
+        augmented[1], augmented[2]
+    )
 
 
 def test_the_gradient_through_an_augmentation_agrees_with_finite_differences():
@@ -102,7 +126,7 @@ def test_a_cutout_is_a_square_of_about_half_the_side():
     assert rows == list(range(4, 13)) and columns == list(range(9))
 
 
-# Training ----------------------------------------------------------------------------------------------------------------------------
+# Training ----------------------------------------------------------------------
 
 
 def test_training_changes_every_weight_and_says_how_it_was_done(images):
@@ -110,9 +134,15 @@ def test_training_changes_every_weight_and_says_how_it_was_done(images):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained = dict(Generator(4, 6, 16).named_parameters())
-    assert not any(torch.equal(weight, untrained[name]) for name, weight in prior.generator.named_parameters())
+    assert not any(
+        torch.equal(weight, untrained[name]) for name, weight in prior.generator.named_parameters()
+    )
     about = prior.provenance
-    assert (about["data"], about["images"], about["settings"]["width"]) == (images.fingerprint, 48, 4)
+    assert (about["data"], about["images"], about["settings"]["width"]) == (
+        images.fingerprint,
+        48,
+        4,
+    )
     assert about["history"]["step"] == [2, 3] and len(about["history"]["kernel distance"]) == 2
 
 
@@ -134,7 +164,11 @@ def test_what_is_kept_is_a_moving_average_whose_first_weights_are_soon_forgotten
     for decay in (1 / 11, 2 / 12, 3 / 13, 4 / 14, 0.3, 0.3):
         training.step(images[:8].images, torch.nn.Identity(), torch.Generator().manual_seed(0))
         for name, value in networks[0].state_dict().items():
-            expected[name] = decay * expected[name] + (1 - decay) * value if value.is_floating_point() else value.clone()
+            expected[name] = (
+                decay * expected[name] + (1 - decay) * value
+                if value.is_floating_point()
+                else value.clone()
+            )
     torch.testing.assert_close(dict(training.average.state_dict()), expected)
 
 
@@ -157,8 +191,13 @@ class Scripted:
         return torch.tensor(next(self.values)), torch.tensor(0.0)
 
 
-@pytest.mark.parametrize(("distances", "best"), [([3.0, 1.0, 2.0], 2), ([1.0, 2.0, 3.0], 1), ([3.0, 2.0, 1.0], 3), ([1.0, 1.0, 1.0], 1)])
-def test_the_checkpoint_of_the_smallest_kernel_distance_is_kept(images, monkeypatch, distances, best):
+@pytest.mark.parametrize(
+    ("distances", "best"),
+    [([3.0, 1.0, 2.0], 2), ([1.0, 2.0, 3.0], 1), ([3.0, 2.0, 1.0], 3), ([1.0, 1.0, 1.0], 1)],
+)
+def test_the_checkpoint_of_the_smallest_kernel_distance_is_kept(
+    images, monkeypatch, distances, best
+):
     monkeypatch.setattr(module, "_EVALUATE_EVERY", 1)
     kept = []
     for steps in (3, best):
@@ -184,7 +223,7 @@ def test_images_that_no_generator_can_be_trained_on_are_refused(images):
         train(LabeledImages(images.pixels[..., :12, :12].contiguous(), images.labels))
 
 
-# The kernel distance -----------------------------------------------------------------------------------------------------------------
+# The kernel distance -----------------------------------------------------------
 
 
 def test_two_halves_of_the_real_images_are_nearer_to_each_other_than_to_noise():
@@ -199,10 +238,12 @@ def test_two_halves_of_the_real_images_are_nearer_to_each_other_than_to_noise():
     assert abs(found[0]) < 0.1 * found[1]
 
 
-# Files -------------------------------------------------------------------------------------------------------------------------------
+# Files -------------------------------------------------------------------------
 
 
-def test_a_finished_training_is_loaded_from_the_store_the_second_time(images, tmp_path, monkeypatch):
+def test_a_finished_training_is_loaded_from_the_store_the_second_time(
+    images, tmp_path, monkeypatch
+):
     first = train(images, steps=2, store=tmp_path)
     monkeypatch.setattr(module, "_Training", None)  # training again would fail
     again = train(images, steps=2, store=tmp_path)
@@ -235,7 +276,9 @@ SHAPE = {"width": 4, "latent_size": 6, "image_size": 16}
 )
 def test_a_file_that_holds_something_else_is_refused(tmp_path, metadata):
     path = write_tensors(tmp_path / "other.safetensors", Generator(**SHAPE).state_dict(), metadata)
-    with pytest.raises(DamagedFileError, match="(?s)other.safetensors does not hold a generator.*train-generator"):
+    with pytest.raises(
+        DamagedFileError, match="(?s)other.safetensors does not hold a generator.*train-generator"
+    ):
         GenerativePrior.load(path)
 
 

@@ -1,4 +1,6 @@
-"""Private photographs from a folder: the same whenever asked, labelled, apart from what the attacker owns, and nothing lost on the way."""
+"""Private photographs from a folder: the same whenever asked, labelled, apart from what
+the attacker owns, and nothing lost on the way.
+"""
 
 import numpy
 import pytest
@@ -9,10 +11,10 @@ from typer.testing import CliRunner
 
 from gipip import Scenario, load_dataset, load_generator, load_prior, prepare_imagenet
 from gipip.cli import app
+from gipip.data.imagenet import HASHES, Prepared, shipped_hashes
+from gipip.data.photographs import NEAR, list_folder, near, perceptual_hashes
 from gipip.errors import DamagedFileError, DataError
 from gipip.files import read_tensors
-from gipip.imagenet import HASHES, Prepared, shipped_hashes
-from gipip.photographs import NEAR, list_folder, near, perceptual_hashes
 
 SAMPLE = load_dataset("imagenet64")
 PHOTOGRAPHS = load_dataset("cifar10").auxiliary_pool
@@ -42,17 +44,28 @@ def pixels_of(dataset):
     return {image.numpy().tobytes() for pool in pools for image in pool.pixels}
 
 
-# The sample --------------------------------------------------------------------------------------------------------------------------
+# The sample --------------------------------------------------------------------
 
 
 def test_the_embedded_sample_holds_twenty_photographs_of_a_thousand_classes_in_two_disjoint_pools():
-    assert (len(SAMPLE.tuning_pool), len(SAMPLE.private_pool), SAMPLE.num_classes, SAMPLE.image_size) == (4, 16, 1_000, 64)
+    assert (
+        len(SAMPLE.tuning_pool),
+        len(SAMPLE.private_pool),
+        SAMPLE.num_classes,
+        SAMPLE.image_size,
+    ) == (4, 16, 1_000, 64)
     assert len(pixels_of(SAMPLE)) == 20
 
 
 def test_the_samples_labels_are_those_of_what_it_shows():
     shown = {SAMPLE.classes[label] for label in SAMPLE.private_pool.labels.tolist()}
-    assert {"strawberry", "yurt", "bottlecap", "drum", "bald eagle"} <= shown  # seen by eye in the pictures
+    assert {
+        "strawberry",
+        "yurt",
+        "bottlecap",
+        "drum",
+        "bald eagle",
+    } <= shown  # seen by eye in the pictures
 
 
 def test_the_sample_has_no_auxiliary_images_and_says_where_to_take_them_from():
@@ -69,19 +82,28 @@ def test_the_clients_network_has_a_thousand_classes_and_takes_images_of_64_pixel
     assert scenario.client_model()(scenario.batch().images).shape == (1, 1_000)
 
 
-# Folders -----------------------------------------------------------------------------------------------------------------------------
+# Folders -----------------------------------------------------------------------
 
 
-def test_a_folder_becomes_two_disjoint_pools_whose_labels_are_the_ranks_of_its_class_folders(tmp_path):
+def test_a_folder_becomes_two_disjoint_pools_whose_labels_are_the_ranks_of_its_class_folders(
+    tmp_path,
+):
     prepared = prepare_imagenet(folder(tmp_path / "private", range(40)))
     data = load_dataset(prepared.dataset)
-    assert (prepared.images, prepared.excluded, len(data.tuning_pool), len(data.private_pool)) == (40, 0, 4, 36)
+    assert (prepared.images, prepared.excluded, len(data.tuning_pool), len(data.private_pool)) == (
+        40,
+        0,
+        4,
+        36,
+    )
     assert len(pixels_of(data)) == 40
     both = torch.cat([data.tuning_pool.labels, data.private_pool.labels])
     assert both.bincount().tolist() == [10, 10, 10, 10]
 
 
-def test_the_name_follows_from_the_files_alone_and_a_second_time_nothing_is_read(tmp_path, monkeypatch):
+def test_the_name_follows_from_the_files_alone_and_a_second_time_nothing_is_read(
+    tmp_path, monkeypatch
+):
     first = prepare_imagenet(folder(tmp_path / "private", range(20)))
     (tmp_path / "private").rename(tmp_path / "moved")
     monkeypatch.setattr("gipip.imagenet.read", lambda *_: pytest.fail("read again"))
@@ -100,7 +122,9 @@ def test_a_limit_takes_each_class_in_proportion(tmp_path):
     assert both.bincount().tolist() == [5, 5, 5, 5]
 
 
-def test_photographs_that_the_attacker_owns_are_left_out_though_scaled_recoloured_and_compressed(tmp_path):
+def test_photographs_that_the_attacker_owns_are_left_out_though_scaled_recoloured_and_compressed(
+    tmp_path,
+):
     private = folder(tmp_path / "private", range(30))
     auxiliary = folder(tmp_path / "auxiliary", range(100, 140))
     for number in (3, 7, 21):
@@ -108,7 +132,13 @@ def test_photographs_that_the_attacker_owns_are_left_out_though_scaled_recoloure
         copy.save(auxiliary / "n00" / f"copy{number}.jpg", quality=60)
     prepared = prepare_imagenet(private, auxiliary)
     assert (prepared.images, prepared.excluded) == (27, 3)
-    own = pixels_of(load_dataset(prepare_imagenet(folder(tmp_path / "without", sorted({*range(30)} - {3, 7, 21}))).dataset))
+    own = pixels_of(
+        load_dataset(
+            prepare_imagenet(
+                folder(tmp_path / "without", sorted({*range(30)} - {3, 7, 21}))
+            ).dataset
+        )
+    )
     assert pixels_of(load_dataset(prepared.dataset)) == own
 
 
@@ -173,7 +203,7 @@ def test_a_scenario_on_a_prepared_data_set_uses_the_weights_tuned_for_imagenet(t
     assert scenario.condition == "imagenet64/convnet16/B=4" and len(scenario.batch()) == 4
 
 
-# Near-duplicates ---------------------------------------------------------------------------------------------------------------------
+# Near-duplicates ---------------------------------------------------------------
 
 
 def test_hashes_of_different_photographs_are_far_apart_and_of_one_photograph_near(tmp_path):
@@ -184,14 +214,24 @@ def test_hashes_of_different_photographs_are_far_apart_and_of_one_photograph_nea
 
 def test_nearness_counts_bits():
     value = numpy.array([0b1011], dtype=numpy.uint64)
-    flipped = [value ^ numpy.uint64(sum(1 << bit for bit in range(count))) for count in (NEAR, NEAR + 1)]
+    flipped = [
+        value ^ numpy.uint64(sum(1 << bit for bit in range(count))) for count in (NEAR, NEAR + 1)
+    ]
     assert [near(value, other).tolist() for other in flipped] == [[True], [False]]
 
 
 def test_as_many_hashes_ship_as_images_that_the_shipped_priors_were_trained_on():
     _, about = read_tensors(HASHES)
-    priors = [load_prior("imagenet64"), load_prior("imagenet64-depth4"), load_generator("imagenet64")]
-    assert {prior.provenance["images"] for prior in priors} == {about["images"], len(shipped_hashes())} == {48_600}
+    priors = [
+        load_prior("imagenet64"),
+        load_prior("imagenet64-depth4"),
+        load_generator("imagenet64"),
+    ]
+    assert (
+        {prior.provenance["images"] for prior in priors}
+        == {about["images"], len(shipped_hashes())}
+        == {48_600}
+    )
 
 
 def test_a_damaged_cache_is_reported(tmp_path):

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from gipip.attacks.labels import _round_to_total, infer_labels
-from gipip.data import LabeledImages, load_dataset
+from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import LabelError
-from gipip.federation import Client
-from gipip.models import build_model, client_model, model_fingerprint
+from gipip.federation.client import Client
+from gipip.federation.models import build_model, client_model, model_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,10 @@ def exact(model, batches, mode="eval"):
     """In how many of the batches every label was found, and the share of all labels found."""
     truths = [batch.labels.sort().values for batch in batches]
     guesses = [inferred(model, batch, mode) for batch in batches]
-    counts = [(torch.bincount(t, minlength=10), torch.bincount(g, minlength=10)) for t, g in zip(truths, guesses, strict=True)]
+    counts = [
+        (torch.bincount(t, minlength=10), torch.bincount(g, minlength=10))
+        for t, g in zip(truths, guesses, strict=True)
+    ]
     found = sum(int(torch.minimum(t, g).sum()) for t, g in counts)
     return sum(torch.equal(t, g) for t, g in counts), found / sum(map(len, truths))
 
@@ -49,7 +52,10 @@ def test_label_counts_are_exact_on_an_untrained_convnet(data, mode, size):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_label_counts_are_exact_on_an_untrained_resnet18(data, mode):
-    assert exact(build_model("resnet18"), [data.private(8, distinct_labels=False)], mode) == (1, 1.0)
+    assert exact(build_model("resnet18"), [data.private(8, distinct_labels=False)], mode) == (
+        1,
+        1.0,
+    )
 
 
 @pytest.mark.parametrize("name", ["convnet", "lenet"])
@@ -62,7 +68,9 @@ def test_a_label_that_fills_the_whole_batch_is_found_as_often(data, name):
 def test_label_counts_are_mostly_but_not_always_exact_on_the_sigmoid_lenet(data):
     model = build_model("lenet")
     batches, found = exact(model, [data.private(4, seed=seed) for seed in range(50)])
-    assert 25 <= batches < 50 and found > 0.85  # its initial weights are large: predictions depend on the image
+    assert (
+        25 <= batches < 50 and found > 0.85
+    )  # its initial weights are large: predictions depend on the image
 
 
 def test_inference_leaves_a_model_in_train_mode_untouched(data):
@@ -73,7 +81,9 @@ def test_inference_leaves_a_model_in_train_mode_untouched(data):
 
 
 def test_a_batch_on_a_model_without_bias_is_refused_with_the_remedy():
-    model = client_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = client_model(
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False)), mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     batch = LabeledImages(torch.rand(2, 3, 2, 2), torch.tensor([0, 2]))
     with pytest.raises(LabelError, match="bias.*labels='given'"):
         inferred(model, batch)
@@ -81,7 +91,12 @@ def test_a_batch_on_a_model_without_bias_is_refused_with_the_remedy():
 
 @pytest.mark.parametrize(
     ("counts", "labels"),
-    [([2.0, 0.0, 1.0], [0, 0, 2]), ([1.4, 0.9, 0.7], [0, 1, 2]), ([2.6, -0.3, 0.7], [0, 0, 2]), ([3.2, -0.1, -0.1], [0, 0, 0])],
+    [
+        ([2.0, 0.0, 1.0], [0, 0, 2]),
+        ([1.4, 0.9, 0.7], [0, 1, 2]),
+        ([2.6, -0.3, 0.7], [0, 0, 2]),
+        ([3.2, -0.1, -0.1], [0, 0, 0]),
+    ],
 )
 def test_counts_are_rounded_to_whole_numbers_of_the_right_sum(counts, labels):
     assert _round_to_total(torch.tensor(counts), 3).tolist() == labels

@@ -12,7 +12,10 @@ DATA = gipip.load_dataset("cifar10")
 
 
 def _updates(model, count, batch_size=2, **options):
-    return [gipip.Client(model).share(DATA.tuning(batch_size=batch_size, seed=seed), **options) for seed in range(count)]
+    return [
+        gipip.Client(model).share(DATA.tuning(batch_size=batch_size, seed=seed), **options)
+        for seed in range(count)
+    ]
 
 
 @pytest.fixture
@@ -38,11 +41,18 @@ def _attack(name, generator, **options):
 def _same(found, expected):
     torch.testing.assert_close(found.images, expected.images, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.history, expected.history, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(torch.tensor(found.restart_costs), torch.tensor(expected.restart_costs), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        torch.tensor(found.restart_costs),
+        torch.tensor(expected.restart_costs),
+        rtol=1e-7,
+        atol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("labels", ["given", "withheld"])
-@pytest.mark.parametrize("name", ["IG", "masked", "GIPIP", "LatentSearch", "GIAS", "GradInversion", "DLG"])
+@pytest.mark.parametrize(
+    "name", ["IG", "masked", "GIPIP", "LatentSearch", "GIAS", "GradInversion", "DLG"]
+)
 def test_many_updates_and_restarts_give_what_each_gives_alone(name, labels, generator):
     model, attack = gipip.build_model("convnet16").double(), _attack(name, generator, restarts=2)
     updates = _updates(model, 3, batch_size=1, labels=labels, statistics="shared")
@@ -58,7 +68,9 @@ def test_restarts_at_once_are_those_one_after_another_under_local_training(gener
 
 def test_a_large_network_or_batch_statistics_are_attacked_one_by_one(generator, monkeypatch):
     sizes = []
-    monkeypatch.setattr(base.Attack, "_attempt", lambda self, lanes, *rest: sizes.append(len(lanes)) or _stop())
+    monkeypatch.setattr(
+        base.Attack, "_attempt", lambda self, lanes, *rest: sizes.append(len(lanes)) or _stop()
+    )
     for model, mode in [("convnet16", "eval"), ("lenet", "train"), ("lenet", "eval")]:
         model = gipip.build_model(model)
         [update] = _updates(model, 1, mode=mode)
@@ -76,12 +88,18 @@ def _stop():
 
 
 def test_no_more_than_a_bounded_number_is_computed_at_once(generator):
-    model, attack = gipip.build_model("lenet").double(), _attack("IG", generator, restarts=11, iterations=1)
+    model, attack = (
+        gipip.build_model("lenet").double(),
+        _attack("IG", generator, restarts=11, iterations=1),
+    )
     [update] = _updates(model, 1)
     assert len(set(attack(model, update).restart_costs)) == 11
 
 
-@pytest.mark.parametrize(("options", "shared"), [({"engine": "eager"}, {}), ({"chunk_size": 1}, {}), ({}, {"mode": "train"})])
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [({"engine": "eager"}, {}), ({"chunk_size": 1}, {}), ({}, {"mode": "train"})],
+)
 def test_attempts_that_cannot_be_computed_at_once_are_refused(options, shared, generator):
     model = gipip.build_model("lenet")
     with pytest.raises(EngineError, match="2 attempts at once cannot be computed"):
@@ -117,17 +135,26 @@ def test_stopping_ends_all_and_gives_what_there_is(generator):
         assert images.shape == (2, 3, 32, 32)
         raise StopIteration
 
-    found = _attack("IG", generator, iterations=50).many(model, _updates(model, 3), watch=stop, watch_every=5)
+    found = _attack("IG", generator, iterations=50).many(
+        model, _updates(model, 3), watch=stop, watch_every=5
+    )
     assert [reconstruction.interrupted for reconstruction in found] == [True] * 3
-    restarts = _attack("IG", generator, iterations=50, restarts=3)(model, _updates(model, 1)[0], watch=stop, watch_every=5)
-    assert restarts.notes == ("stopped by the user after 5 of 50 iterations",) and len(restarts.restart_costs) == 3
+    restarts = _attack("IG", generator, iterations=50, restarts=3)(
+        model, _updates(model, 1)[0], watch=stop, watch_every=5
+    )
+    assert (
+        restarts.notes == ("stopped by the user after 5 of 50 iterations",)
+        and len(restarts.restart_costs) == 3
+    )
     assert all(len(reconstruction.history["total variation"]) == 6 for reconstruction in found)
 
 
 def test_updates_that_cannot_be_attacked_together_are_refused(generator):
     model = gipip.build_model("lenet")
     with pytest.raises(UpdateError, match="must be of one batch size"):
-        _attack("IG", generator).many(model, [*_updates(model, 1), *_updates(model, 1, batch_size=3)])
+        _attack("IG", generator).many(
+            model, [*_updates(model, 1), *_updates(model, 1, batch_size=3)]
+        )
 
 
 def test_no_updates_give_no_reconstructions(generator):

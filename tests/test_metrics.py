@@ -14,10 +14,11 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
-from gipip import metrics
 from gipip.errors import BatchSizeError, ModelError
+from gipip.evaluation import metrics
+from gipip.evaluation.metrics import evaluate
+from gipip.evaluation.statistics import Interval, bootstrap_interval, paired_difference, verdict
 from gipip.files import DATA, read_tensors
-from gipip.metrics import Interval, bootstrap_interval, evaluate, paired_difference, verdict
 
 
 def random_images(count=3, size=32, seed=0):
@@ -29,13 +30,17 @@ def random_images(count=3, size=32, seed=0):
 
 def test_psnr_of_a_constant_offset_of_a_tenth_is_20_db():
     truth = 0.8 * random_images()
-    torch.testing.assert_close(metrics.psnr(truth + 0.1, truth), torch.full((3,), 20.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        metrics.psnr(truth + 0.1, truth), torch.full((3,), 20.0), atol=1e-3, rtol=0
+    )
 
 
 def test_psnr_is_per_image():
     truth = torch.full((2, 3, 8, 8), 0.5)
     offsets = torch.tensor([0.1, 0.01]).view(2, 1, 1, 1)
-    torch.testing.assert_close(metrics.psnr(truth + offsets, truth), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        metrics.psnr(truth + offsets, truth), torch.tensor([20.0, 40.0]), atol=1e-3, rtol=0
+    )
 
 
 def test_psnr_of_identical_images_is_100_db_so_that_means_stay_finite():
@@ -61,9 +66,15 @@ def test_ssim_of_constant_images_is_its_luminance_term():
 
 
 def authors_images():
-    folder = Path(os.environ.get("GIPIP_LPIPS_CHECK", Path(__file__).parents[1] / "../shared/data/lpips-check"))
+    folder = Path(
+        os.environ.get(
+            "GIPIP_LPIPS_CHECK", Path(__file__).parents[1] / "../shared/data/lpips-check"
+        )
+    )
     if not (folder / "ex_ref.png").exists():
-        pytest.skip("the example images of the LPIPS authors are not here; set GIPIP_LPIPS_CHECK to their folder")
+        pytest.skip(
+            "the example images of the LPIPS authors are not here; set GIPIP_LPIPS_CHECK to their folder"
+        )
     names = ("ex_ref", "ex_p0", "ex_p1")
     return [to_tensor(Image.open(folder / f"{name}.png"))[None] for name in names]
 
@@ -78,16 +89,31 @@ def lpips_by_its_formula(first, second):
     """Equation 1 of Zhang et al. 2018 in float64, written with convolutions only."""
     import lpips
 
-    trunk = {name: tensor.double() for name, tensor in read_tensors(DATA / "lpips-alexnet-trunk.safetensors")[0].items()}
-    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True)
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64).view(2, 1, 3, 1, 1)
+    trunk = {
+        name: tensor.double()
+        for name, tensor in read_tensors(DATA / "lpips-alexnet-trunk.safetensors")[0].items()
+    }
+    heads = torch.load(
+        Path(lpips.__file__).parent / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True
+    )
+    mean, std = torch.tensor(
+        [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64
+    ).view(2, 1, 3, 1, 1)
     values = [(images.double() - mean) / std for images in (first, second)]
     distance = 0
-    layers = [("0", 4, 2, False), ("3", 1, 2, True), ("6", 1, 1, True), ("8", 1, 1, False), ("10", 1, 1, False)]
+    layers = [
+        ("0", 4, 2, False),
+        ("3", 1, 2, True),
+        ("6", 1, 1, True),
+        ("8", 1, 1, False),
+        ("10", 1, 1, False),
+    ]
     for index, (layer, stride, padding, pooled) in enumerate(layers):
         weight, bias = trunk[f"features.{layer}.weight"], trunk[f"features.{layer}.bias"]
         values = [nn.functional.max_pool2d(value, 3, 2) if pooled else value for value in values]
-        values = [nn.functional.conv2d(value, weight, bias, stride, padding).relu() for value in values]
+        values = [
+            nn.functional.conv2d(value, weight, bias, stride, padding).relu() for value in values
+        ]
         unit = [value / (value.norm(dim=1, keepdim=True) + 1e-10) for value in values]
         head = heads[f"lin{index}.model.1.weight"].double().view(1, -1, 1, 1)
         distance = distance + (head * (unit[0] - unit[1]).square()).sum(1).mean((1, 2))
@@ -102,12 +128,19 @@ def embedded_images(count):
 def test_lpips_agrees_with_its_formula(truth):
     noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
     images = (truth + 0.1 * noise).clamp(0, 1)
-    torch.testing.assert_close(metrics.lpips(images, truth).double(), lpips_by_its_formula(images, truth), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        metrics.lpips(images, truth).double(),
+        lpips_by_its_formula(images, truth),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_lpips_of_embedded_images_and_their_mirror_images_stays_what_it_was():
     truth = embedded_images(4)
-    assert metrics.lpips(truth.flip(3), truth).tolist() == pytest.approx([0.0365, 0.0396, 0.0426, 0.056], abs=1e-4)
+    assert metrics.lpips(truth.flip(3), truth).tolist() == pytest.approx(
+        [0.0365, 0.0396, 0.0426, 0.056], abs=1e-4
+    )
 
 
 def test_lpips_of_identical_images_is_0():
@@ -117,7 +150,10 @@ def test_lpips_of_identical_images_is_0():
 def test_lpips_of_many_images_equals_lpips_one_by_one():
     truth, images = random_images(70), random_images(70, seed=1)
     together = metrics.lpips(images, truth)
-    torch.testing.assert_close(together[[0, 63, 64, 69]], torch.cat([metrics.lpips(images[[i]], truth[[i]]) for i in (0, 63, 64, 69)]))
+    torch.testing.assert_close(
+        together[[0, 63, 64, 69]],
+        torch.cat([metrics.lpips(images[[i]], truth[[i]]) for i in (0, 63, 64, 69)]),
+    )
 
 
 def test_building_the_lpips_network_leaves_the_global_generator_alone():
@@ -134,7 +170,9 @@ def test_building_the_lpips_network_leaves_the_global_generator_alone():
 @given(st.integers(1, 8).flatmap(lambda count: st.permutations(range(count))), st.integers(0, 100))
 def test_match_undoes_a_known_permutation(order, seed):
     truth = random_images(len(order), size=8, seed=seed)
-    noisy = (truth + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+    noisy = (
+        truth + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(seed))
+    ).clamp(0, 1)
     matched = metrics.match(noisy[list(order)], truth)
     assert torch.equal(noisy[list(order)][matched], noisy)
 
@@ -169,7 +207,9 @@ def test_feature_mse_leaves_a_model_in_train_mode_as_it_was():
     model = Tiny().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     metrics.feature_mse(model, random_images(size=8), random_images(size=8, seed=1))
-    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training and all(
+        torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()
+    )
     assert not model.last._forward_pre_hooks
 
 
@@ -191,7 +231,9 @@ def test_evaluate_gives_a_row_per_private_image_under_one_assignment():
     order = torch.tensor([2, 0, 3, 1])
     table = evaluate(Holder((0.9 * truth)[order]), Holder(truth))
     assert list(table.columns) == ["image", "matched", "psnr", "ssim", "lpips"]
-    assert table["image"].tolist() == [0, 1, 2, 3] and order[table["matched"].tolist()].tolist() == [0, 1, 2, 3]
+    assert table["image"].tolist() == [0, 1, 2, 3] and order[
+        table["matched"].tolist()
+    ].tolist() == [0, 1, 2, 3]
     np.testing.assert_allclose(table["psnr"], metrics.psnr(0.9 * truth, truth))
     np.testing.assert_allclose(table["ssim"], metrics.ssim(0.9 * truth, truth), rtol=1e-6)
     np.testing.assert_allclose(table["lpips"], metrics.lpips(0.9 * truth, truth), rtol=1e-4)
@@ -200,7 +242,11 @@ def test_evaluate_gives_a_row_per_private_image_under_one_assignment():
 @settings(max_examples=8, deadline=None)
 @given(st.permutations(range(4)))
 def test_evaluate_does_not_depend_on_the_order_of_the_reconstruction(order):
-    truth, images, model = random_images(4), random_images(4, seed=1), nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.Linear(4, 2))
+    truth, images, model = (
+        random_images(4),
+        random_images(4, seed=1),
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.Linear(4, 2)),
+    )
     first = evaluate(images, truth, model=model).drop(columns="matched")
     second = evaluate(images[list(order)], truth, model=model).drop(columns="matched")
     pd.testing.assert_frame_equal(first, second, rtol=1e-4)
@@ -261,7 +307,10 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_global_generator():
 
 def test_more_confidence_gives_a_wider_interval():
     values = np.random.default_rng(0).normal(size=30)
-    assert bootstrap_interval(values, confidence=0.99).low < bootstrap_interval(values, confidence=0.5).low
+    assert (
+        bootstrap_interval(values, confidence=0.99).low
+        < bootstrap_interval(values, confidence=0.5).low
+    )
 
 
 def test_images_that_were_reconstructed_together_widen_the_interval():
@@ -281,7 +330,12 @@ def test_two_groups_of_unequal_size_give_an_interval_within_their_means():
 @pytest.mark.parametrize(("values", "groups"), [([0.5], None), ([1.0, 2.0], ["a", "a"])])
 def test_one_observation_has_no_interval(values, groups):
     interval = bootstrap_interval(values, groups=groups)
-    assert interval.mean == np.mean(values) and np.isnan(interval.low) and np.isnan(interval.high) and interval.count == 1
+    assert (
+        interval.mean == np.mean(values)
+        and np.isnan(interval.low)
+        and np.isnan(interval.high)
+        and interval.count == 1
+    )
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0], [2.0]]])
@@ -305,7 +359,13 @@ def test_a_paired_difference_is_surer_than_the_arms_are():
     b = generator.normal(20, 3, size=16)
     a = b + 0.5 + 0.1 * generator.normal(size=16)
     difference = paired_difference(pd.Series(a, index=range(16)), pd.Series(b, index=range(16, 32)))
-    assert 0 < difference.low < 0.5 < difference.high < bootstrap_interval(a).high - bootstrap_interval(b).low
+    assert (
+        0
+        < difference.low
+        < 0.5
+        < difference.high
+        < bootstrap_interval(a).high - bootstrap_interval(b).low
+    )
 
 
 def test_arms_of_different_length_cannot_be_paired():
@@ -331,5 +391,7 @@ def test_an_interval_reads_like_a_result():
         (Interval(0.4, float("nan"), float("nan"), 1), "undecided at this scale"),
     ],
 )
-def test_a_claim_is_supported_only_by_an_interval_above_0_of_enough_observations(interval, expected):
+def test_a_claim_is_supported_only_by_an_interval_above_0_of_enough_observations(
+    interval, expected
+):
     assert verdict(interval) == expected

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import normalize
 
-from gipip import models as module
-from gipip.data import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
+from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
 from gipip.errors import ModelError
-from gipip.files import write_tensors
-from gipip.models import (
+from gipip.federation import models as module
+from gipip.federation.models import (
     Normalize,
     accuracy,
     build_model,
@@ -23,6 +22,7 @@ from gipip.models import (
     train_client,
     trainable,
 )
+from gipip.files import write_tensors
 
 NETWORKS = ["convnet", "convnet16", "lenet", "resnet18"]
 
@@ -38,7 +38,10 @@ def sizes(kind, model):
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(("classes", "size"), [(10, 32), (7, 64)])
 def test_every_network_gives_logits_of_its_classes_for_its_image_size(name, classes, size):
-    assert build_model(name, classes, image_size=size)(torch.rand(2, 3, size, size)).shape == (2, classes)
+    assert build_model(name, classes, image_size=size)(torch.rand(2, 3, size, size)).shape == (
+        2,
+        classes,
+    )
 
 
 def test_resnet18_has_the_parameters_of_the_references_resnet18():
@@ -66,7 +69,10 @@ def test_convnet_has_six_convolutions_of_the_references_widths_and_two_pools():
 
 def test_convnet16_is_the_convnet_of_half_the_width():
     model = build_model("convnet16")
-    assert sizes(nn.Conv2d, model) == [16, 32, 32, 64, 64, 64] and last_linear(model)[1].in_features == 576
+    assert (
+        sizes(nn.Conv2d, model) == [16, 32, 32, 64, 64, 64]
+        and last_linear(model)[1].in_features == 576
+    )
 
 
 def test_lenet_is_the_sigmoid_network_of_dlg():
@@ -79,7 +85,10 @@ def test_lenet_is_the_sigmoid_network_of_dlg():
     ]
     assert last_linear(model)[1].in_features == 768
     assert sum(isinstance(module, nn.Sigmoid) for module in model.modules()) == 3
-    assert all(0.4 < float(p.detach().abs().max()) <= 0.5 for p in (model.network[2].weight, last_linear(model)[1].weight))
+    assert all(
+        0.4 < float(p.detach().abs().max()) <= 0.5
+        for p in (model.network[2].weight, last_linear(model)[1].weight)
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -101,13 +110,17 @@ def test_building_a_model_leaves_the_global_generator_alone():
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():
-    with pytest.raises(ModelError, match="'vgg'.*convnet, convnet16, lenet, resnet18.*client_model"):
+    with pytest.raises(
+        ModelError, match="'vgg'.*convnet, convnet16, lenet, resnet18.*client_model"
+    ):
         build_model("vgg")
 
 
 def test_the_normalisation_layer_equals_torchvisions_normalize():
     images = torch.rand(4, 3, 8, 8)
-    torch.testing.assert_close(Normalize(CIFAR10_MEAN, CIFAR10_STD)(images), normalize(images, CIFAR10_MEAN, CIFAR10_STD))
+    torch.testing.assert_close(
+        Normalize(CIFAR10_MEAN, CIFAR10_STD)(images), normalize(images, CIFAR10_MEAN, CIFAR10_STD)
+    )
 
 
 def test_the_inverse_of_the_normalisation_gives_the_images_back():
@@ -126,7 +139,9 @@ def test_an_own_network_receives_normalised_images():
     model = client_model(own, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
     images = torch.rand(5, 3, 2, 2)
     check_client_model(model)
-    torch.testing.assert_close(model(images), own(normalize(images, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))))
+    torch.testing.assert_close(
+        model(images), own(normalize(images, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)))
+    )
 
 
 def test_a_network_without_normalisation_is_refused_with_the_way_to_wrap_it():
@@ -160,21 +175,29 @@ def test_a_model_without_linear_layer_is_refused_for_label_inference():
         last_linear(nn.Conv2d(3, 3, 1))
 
 
-# Training ----------------------------------------------------------------------------------------------------------------------------
+# Training ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def bright_or_dark():
-    """64 images of 8×8 pixels in two classes that their brightness tells apart, and a network with BatchNorm."""
+    """64 images of 8×8 pixels in two classes that their brightness tells apart, and a
+    network with BatchNorm.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(64) % 2
     images = 0.3 * torch.rand(64, 3, 8, 8, generator=generator) + 0.6 * labels.view(-1, 1, 1, 1)
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
-    return client_model(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval(), LabeledImages(images, labels)
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+    )
+    return client_model(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval(), LabeledImages(
+        images, labels
+    )
 
 
-def test_training_learns_in_place_and_gives_each_epochs_mean_loss_with_the_model_in_eval_mode(bright_or_dark):
+def test_training_learns_in_place_and_gives_each_epochs_mean_loss_with_the_model_in_eval_mode(
+    bright_or_dark,
+):
     model, images = bright_or_dark
     losses, modes = [], []
     for loss in train_client(model, images, epochs=3, batch_size=16):
@@ -215,17 +238,26 @@ def test_accuracy_is_that_of_eval_mode_and_leaves_a_model_in_train_mode_as_it_wa
 
 def test_a_shipped_model_is_the_one_of_its_epoch(tmp_path, monkeypatch):
     epochs = {epoch: build_model("lenet", 7, seed=epoch) for epoch in (1, 10)}
-    tensors = {f"{epoch}/{name}": value for epoch, model in epochs.items() for name, value in model.state_dict().items()}
+    tensors = {
+        f"{epoch}/{name}": value
+        for epoch, model in epochs.items()
+        for name, value in model.state_dict().items()
+    }
     about = {"num_classes": 7, "accuracy": {"1": 0.2, "10": 0.3}}
     write_tensors(tmp_path / "client-cifar10-lenet.safetensors", tensors, about)
     monkeypatch.setattr(module, "DATA", tmp_path)
     for epoch, model in epochs.items():
         loaded = load_model("lenet", epochs=epoch)
         assert model_fingerprint(loaded) == model_fingerprint(model) and not loaded.training
-    with pytest.raises(ModelError, match=r"'lenet' trained for 5 epochs on 'cifar10'.*at hand: \[1, 10\].*train_client"):
+    with pytest.raises(
+        ModelError,
+        match=r"'lenet' trained for 5 epochs on 'cifar10'.*at hand: \[1, 10\].*train_client",
+    ):
         load_model("lenet", epochs=5)
 
 
 def test_a_model_that_does_not_ship_is_refused_with_the_remedy():
-    with pytest.raises(ModelError, match="'lenet' trained for 3 epochs on 'mnist'.*at hand: none.*train_client"):
+    with pytest.raises(
+        ModelError, match="'lenet' trained for 3 epochs on 'mnist'.*at hand: none.*train_client"
+    ):
         load_model("lenet", "mnist", epochs=3)

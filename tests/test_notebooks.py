@@ -1,4 +1,6 @@
-"""The committed notebooks are executed, checked ones: nbval passes a notebook without outputs, whatever is in it."""
+"""The committed notebooks are executed, checked ones: nbval passes a notebook without
+outputs, whatever is in it.
+"""
 
 import ast
 import re
@@ -14,41 +16,64 @@ from gipip.reproduce import notebooks_folder, plan, read_profiles, unfinished
 FOLDER = notebooks_folder()
 NOTEBOOKS = [path for path in sorted(FOLDER.glob("*.ipynb")) if not path.stem.endswith(".failed")]
 CODE_LINES = 115
-MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|usr|var)/|[A-Z]:\\\\?Users|site-packages")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|usr|var)/|[A-Z]:\\\\?Users|site-packages"
+)
 
 
 def problems(notebook: NotebookNode) -> list[str]:
     """Everything that keeps an executed notebook from being one that nbval can check."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     found = {
-        "a title in the first cell": notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# "),
+        "a title in the first cell": notebook.cells[0].cell_type == "markdown"
+        and notebook.cells[0].source.startswith("# "),
         "the kernel python3": notebook.metadata.get("kernelspec", {}).get("name") == "python3",
         "no empty code cells": all(cell.source.strip() for cell in code),
         "code cells, all executed, in order, without errors": code and unfinished(notebook) is None,
-        "one cell tagged parameters": sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1,
-        "a check cell with outputs": any(cell.source.startswith("# NBVAL_CHECK_OUTPUT") and cell.outputs for cell in code),
-        "no check cell without outputs": all(cell.outputs for cell in code if cell.source.startswith("# NBVAL_CHECK_OUTPUT")),
+        "one cell tagged parameters": sum(
+            "parameters" in cell.metadata.get("tags", []) for cell in code
+        )
+        == 1,
+        "a check cell with outputs": any(
+            cell.source.startswith("# NBVAL_CHECK_OUTPUT") and cell.outputs for cell in code
+        ),
+        "no check cell without outputs": all(
+            cell.outputs for cell in code if cell.source.startswith("# NBVAL_CHECK_OUTPUT")
+        ),
         "no def and no class": not any(_defines(cell.source) for cell in code),
-        f"at most {CODE_LINES} lines of code": sum(_code_lines(cell.source) for cell in code) <= CODE_LINES,
+        f"at most {CODE_LINES} lines of code": sum(_code_lines(cell.source) for cell in code)
+        <= CODE_LINES,
         "no widget state": "widgets" not in notebook.metadata,
-        "no paths of one machine": not any(MACHINE_PATH.search(text) for cell in notebook.cells for text in _texts(cell)),
+        "no paths of one machine": not any(
+            MACHINE_PATH.search(text) for cell in notebook.cells for text in _texts(cell)
+        ),
     }
     return [expected for expected, holds in found.items() if not holds]
 
 
 def _defines(source: str) -> bool:
     tree = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.MULTILINE))
-    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in ast.walk(tree))
+    return any(
+        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        for node in ast.walk(tree)
+    )
 
 
 def _code_lines(source: str) -> int:
-    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in source.splitlines())
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") for line in source.splitlines()
+    )
 
 
 def _texts(cell: NotebookNode) -> list[str]:
     """A cell's source and the readable part of its outputs."""
-    shown = [{"text": output.get("text", ""), **output.get("data", {})} for output in cell.get("outputs", [])]
-    return [cell.source] + [text for output in shown for kind, text in output.items() if kind.startswith("text")]
+    shown = [
+        {"text": output.get("text", ""), **output.get("data", {})}
+        for output in cell.get("outputs", [])
+    ]
+    return [cell.source] + [
+        text for output in shown for kind, text in output.items() if kind.startswith("text")
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -75,9 +100,13 @@ def sound() -> NotebookNode:
     cells = [
         new_markdown_cell("# A claim"),
         new_code_cell("iterations = 2", execution_count=1, metadata={"tags": ["parameters"]}),
-        new_code_cell("# NBVAL_CHECK_OUTPUT\nprint('the prior helps')", execution_count=2, outputs=shown),
+        new_code_cell(
+            "# NBVAL_CHECK_OUTPUT\nprint('the prior helps')", execution_count=2, outputs=shown
+        ),
     ]
-    return new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    return new_notebook(
+        cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
 
 
 def test_the_guard_lets_a_sound_notebook_pass():
@@ -88,13 +117,21 @@ VACUOUS = {
     "a title in the first cell": lambda notebook: notebook.cells.pop(0),
     "the kernel python3": lambda notebook: notebook.metadata.kernelspec.update(name="gipip"),
     "no empty code cells": lambda notebook: notebook.cells.append(new_code_cell("")),
-    "code cells, all executed, in order, without errors": lambda notebook: notebook.cells[1].update(execution_count=7),
+    "code cells, all executed, in order, without errors": lambda notebook: notebook.cells[1].update(
+        execution_count=7
+    ),
     "one cell tagged parameters": lambda notebook: notebook.cells[1].metadata.update(tags=[]),
-    "a check cell with outputs": lambda notebook: notebook.cells[2].update(source="print('the prior helps')"),
+    "a check cell with outputs": lambda notebook: notebook.cells[2].update(
+        source="print('the prior helps')"
+    ),
     "no def and no class": lambda notebook: notebook.cells[1].update(source="def f():\n    pass"),
-    f"at most {CODE_LINES} lines of code": lambda notebook: notebook.cells[1].update(source="a = 1\n" * CODE_LINES),
+    f"at most {CODE_LINES} lines of code": lambda notebook: notebook.cells[1].update(
+        source="a = 1\n" * CODE_LINES
+    ),
     "no widget state": lambda notebook: notebook.metadata.update(widgets={}),
-    "no paths of one machine": lambda notebook: notebook.cells[2].outputs[0].update(text=f"saved {Path('/home/someone')}/figure.png\n"),
+    "no paths of one machine": lambda notebook: (
+        notebook.cells[2].outputs[0].update(text=f"saved {Path('/home/someone')}/figure.png\n")
+    ),
 }
 
 
@@ -109,7 +146,11 @@ def test_the_guard_catches_a_notebook_that_was_never_executed():
     notebook = sound()
     for cell in notebook.cells[1:]:
         cell.update(execution_count=None, outputs=[])
-    expected = ["code cells, all executed, in order, without errors", "a check cell with outputs", "no check cell without outputs"]
+    expected = [
+        "code cells, all executed, in order, without errors",
+        "a check cell with outputs",
+        "no check cell without outputs",
+    ]
     assert problems(notebook) == expected
 
 
@@ -120,4 +161,6 @@ def test_the_guard_catches_an_error_output():
 
 
 def test_the_guard_catches_an_empty_notebook():
-    assert "code cells, all executed, in order, without errors" in problems(new_notebook(cells=[new_markdown_cell("# A claim")]))
+    assert "code cells, all executed, in order, without errors" in problems(
+        new_notebook(cells=[new_markdown_cell("# A claim")])
+    )

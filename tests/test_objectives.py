@@ -9,10 +9,10 @@ from torch.autograd import gradcheck
 
 from gipip.attacks import DLG, GIPIP, InvertingGradients
 from gipip.attacks.objectives import cosine_distance, squared_distance, total_variation
-from gipip.data import load_dataset
-from gipip.defenses import Sparsification
-from gipip.federation import Client, FedAvg
-from gipip.models import build_model
+from gipip.data.datasets import load_dataset
+from gipip.federation.client import Client, FedAvg
+from gipip.federation.defenses import Sparsification
+from gipip.federation.models import build_model
 from gipip.priors import AnomalyScore, Autoencoder
 
 
@@ -31,7 +31,10 @@ def doubles(*shape):
 
 
 def test_cosine_distance_is_0_for_equal_1_for_orthogonal_and_2_for_opposite_gradients():
-    a, b = [torch.tensor([1.0, 0.0]), torch.tensor([2.0])], [torch.tensor([0.0, 3.0]), torch.tensor([0.0])]
+    a, b = (
+        [torch.tensor([1.0, 0.0]), torch.tensor([2.0])],
+        [torch.tensor([0.0, 3.0]), torch.tensor([0.0])],
+    )
     assert cosine_distance(a, a).item() == pytest.approx(0, abs=1e-6)
     assert cosine_distance(a, b).item() == 1
     assert cosine_distance(a, [-x for x in a]).item() == pytest.approx(2)
@@ -44,11 +47,16 @@ def test_cosine_distance_ignores_the_gradients_length():
 
 def test_cosine_distance_is_one_angle_over_all_parameters_and_not_one_per_layer():
     a, b = [torch.tensor([3.0]), torch.tensor([1.0])], [torch.tensor([3.0]), torch.tensor([-1.0])]
-    assert cosine_distance(a, b).item() == pytest.approx(1 - (9 - 1) / 10)  # per layer it would be 0 + 2
+    assert cosine_distance(a, b).item() == pytest.approx(
+        1 - (9 - 1) / 10
+    )  # per layer it would be 0 + 2
 
 
 def test_squared_distance_sums_over_all_parameters():
-    a, b = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], [torch.tensor([0.0, 4.0]), torch.tensor([[0.0]])]
+    a, b = (
+        [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])],
+        [torch.tensor([0.0, 4.0]), torch.tensor([[0.0]])],
+    )
     assert squared_distance(a, b).item() == 1 + 4 + 9
 
 
@@ -69,7 +77,10 @@ def test_total_variation_of_a_constant_image_is_zero():
 
 def test_total_variation_is_the_mean_over_the_batch():
     images = torch.rand(3, 3, 5, 4)
-    torch.testing.assert_close(total_variation(images), torch.stack([total_variation(image[None]) for image in images]).mean())
+    torch.testing.assert_close(
+        total_variation(images),
+        torch.stack([total_variation(image[None]) for image in images]).mean(),
+    )
 
 
 @pytest.mark.parametrize("distance", [cosine_distance, squared_distance])
@@ -93,7 +104,9 @@ def test_gradient_of_the_anomaly_score_agrees_with_finite_differences(per, offse
 ATTACKS = {
     "IG": InvertingGradients(tv_weight=0.01),
     "GIPIP": GIPIP(prior=AnomalyScore(Autoencoder(), 0.01), tv_weight=0.01, as_weight=0.5),
-    "GIPIP per batch": GIPIP(prior=AnomalyScore(Autoencoder(), 0.01), tv_weight=0.01, as_weight=0.5, score_per="batch"),
+    "GIPIP per batch": GIPIP(
+        prior=AnomalyScore(Autoencoder(), 0.01), tv_weight=0.01, as_weight=0.5, score_per="batch"
+    ),
     "DLG": DLG(),
 }
 
@@ -111,22 +124,36 @@ def test_gradient_of_the_whole_cost_agrees_with_finite_differences_on_resnet18(d
 
 @pytest.mark.parametrize("attack", ["IG", "DLG"])
 @pytest.mark.parametrize("network", ["lenet", "convnet"])
-def test_gradient_of_the_whole_cost_agrees_with_finite_differences_through_local_training(data, network, attack):
+def test_gradient_of_the_whole_cost_agrees_with_finite_differences_through_local_training(
+    data, network, attack
+):
     check_cost(data, network, attack, "eval", FedAvg(steps=3, batch_size=1, learning_rate=0.1))
 
 
 def check_cost(data, network, name, mode, fedavg=None):
-    """Central differences along random directions. The step is tiny: where it crosses a kink of a ReLU the gradient itself jumps."""
+    """Central differences along random directions. The step is tiny: where it crosses a
+    kink of a ReLU the gradient itself jumps.
+    """
     model, attack = build_model(network).double(), ATTACKS[name]
-    view = attack._view(model, Client(model).share(data.private(batch_size=2), mode=mode, fedavg=fedavg))
+    view = attack._view(
+        model, Client(model).share(data.private(batch_size=2), mode=mode, fedavg=fedavg)
+    )
     lower, upper = view.normalize.box
-    variables = attack.variables(view) | {"images": (lower + (upper - lower) * torch.rand(view.shape, dtype=torch.float64))}
+    variables = attack.variables(view) | {
+        "images": (lower + (upper - lower) * torch.rand(view.shape, dtype=torch.float64))
+    }
     variables = {key: value.requires_grad_() for key, value in variables.items()}
 
     def cost(shift):
-        return sum(attack.terms(view, {key: value + shift.get(key, 0) for key, value in variables.items()}).values())
+        return sum(
+            attack.terms(
+                view, {key: value + shift.get(key, 0) for key, value in variables.items()}
+            ).values()
+        )
 
-    gradients = dict(zip(variables, torch.autograd.grad(cost({}), list(variables.values())), strict=True))
+    gradients = dict(
+        zip(variables, torch.autograd.grad(cost({}), list(variables.values())), strict=True)
+    )
     for key, gradient in gradients.items():
         for direction in (gradient / gradient.norm(), torch.randn_like(gradient)):
             step = 1e-7
@@ -137,10 +164,16 @@ def check_cost(data, network, name, mode, fedavg=None):
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("network", ["lenet", "convnet", "resnet18"])
 def test_gradient_matching_is_zero_at_the_truth_and_not_with_wrong_labels(data, network, mode):
-    model, batch, attack = build_model(network), data.private(batch_size=2), InvertingGradients(tv_weight=0)
+    model, batch, attack = (
+        build_model(network),
+        data.private(batch_size=2),
+        InvertingGradients(tv_weight=0),
+    )
     view = attack._view(model, Client(model).share(batch, mode=mode))
     truth = {"images": model.normalize(batch.images)}
-    assert attack.terms(view, truth)["gradient matching"].abs() < 1e-4  # some ReLUs' inputs are zero but for rounding
+    assert (
+        attack.terms(view, truth)["gradient matching"].abs() < 1e-4
+    )  # some ReLUs' inputs are zero but for rounding
     view.labels = (batch.labels + 1) % 10
     assert attack.terms(view, truth)["gradient matching"] > 0.1
 
@@ -149,21 +182,36 @@ def test_squared_distance_is_zero_at_the_truth_with_certain_labels(data):
     model, batch, attack = build_model("lenet"), data.private(), DLG()
     view = attack._view(model, Client(model).share(batch))
     certain = 100.0 * nn.functional.one_hot(batch.labels, 10)
-    assert attack.terms(view, {"images": model.normalize(batch.images), "labels": certain})["gradient matching"] < 1e-8
+    assert (
+        attack.terms(view, {"images": model.normalize(batch.images), "labels": certain})[
+            "gradient matching"
+        ]
+        < 1e-8
+    )
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("network", ["lenet", "convnet"])
-def test_gradient_matching_is_zero_at_the_truth_after_local_training_and_not_for_an_attacker_who_ignores_it(data, network, mode):
-    model, batch, attack = build_model(network), data.private(batch_size=4), InvertingGradients(tv_weight=0)
-    update = Client(model).share(batch, mode=mode, fedavg=FedAvg(steps=3, batch_size=2, learning_rate=0.1))
+def test_gradient_matching_is_zero_at_the_truth_after_local_training_and_not_for_an_attacker_who_ignores_it(
+    data, network, mode
+):
+    model, batch, attack = (
+        build_model(network),
+        data.private(batch_size=4),
+        InvertingGradients(tv_weight=0),
+    )
+    update = Client(model).share(
+        batch, mode=mode, fedavg=FedAvg(steps=3, batch_size=2, learning_rate=0.1)
+    )
     truth = {"images": model.normalize(batch.images)}
     assert attack.terms(attack._view(model, update), truth)["gradient matching"].abs() < 1e-5
     ignorant = attack._view(model, dataclasses.replace(update, fedavg=None))
     assert attack.terms(ignorant, truth)["gradient matching"] > 0.01
 
 
-def test_masked_matching_is_zero_at_the_truth_behind_a_sparsified_gradient_and_unmasked_matching_is_not(data):
+def test_masked_matching_is_zero_at_the_truth_behind_a_sparsified_gradient_and_unmasked_matching_is_not(
+    data,
+):
     model, batch = build_model("lenet"), data.private(batch_size=2)
     update = Client(model).share(batch, defenses=[Sparsification(sparsity=0.9)])
     truth = {"images": model.normalize(batch.images)}
@@ -174,12 +222,17 @@ def test_masked_matching_is_zero_at_the_truth_behind_a_sparsified_gradient_and_u
     kept = sum(gradient.square().sum() for gradient in update.gradients).sqrt()
     whole = sum(gradient.square().sum() for gradient in Client(model).share(batch).gradients).sqrt()
     assert masked == pytest.approx(0, abs=1e-6)
-    assert unmasked == pytest.approx(1 - (kept / whole).item(), abs=1e-6) and unmasked > 0.005  # the cosine to a part of oneself
+    assert (
+        unmasked == pytest.approx(1 - (kept / whole).item(), abs=1e-6) and unmasked > 0.005
+    )  # the cosine to a part of oneself
 
 
 def test_masked_matching_of_a_gradient_without_zeros_is_plain_matching(data):
     model, batch = build_model("lenet"), data.private(batch_size=2)
     view = InvertingGradients()._view(model, Client(model).share(batch))
     variables = {"images": torch.randn(view.shape)}
-    masked, plain = (InvertingGradients(masked=choice).terms(view, variables)["gradient matching"] for choice in (True, False))
+    masked, plain = (
+        InvertingGradients(masked=choice).terms(view, variables)["gradient matching"]
+        for choice in (True, False)
+    )
     assert torch.equal(masked, plain)

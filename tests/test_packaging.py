@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from rattler import MatchSpec, Version, VersionSpec
 
 import gipip
-from gipip.defenses import AnyDefense
+from gipip.federation.defenses import AnyDefense
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -23,32 +23,55 @@ DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "distributed": "dask"}
 """Of modules that are not called like the package that brings them."""
 
 
-@pytest.mark.parametrize("version", ["3.10.19", "3.11.0", "3.11.9", "3.12.4", "3.13.7", "3.14.0", "3.15.1", "4.0.0"])
+@pytest.mark.parametrize(
+    "version", ["3.10.19", "3.11.0", "3.11.9", "3.12.4", "3.13.7", "3.14.0", "3.15.1", "4.0.0"]
+)
 def test_conda_and_pip_accept_the_same_pythons(version):
-    python = MatchSpec(next(entry for entry in CONDA["dependencies"] if str(entry).startswith("python ")))
-    assert VersionSpec(python.version).matches(Version(version)) == (version in SpecifierSet(PROJECT["requires-python"]))
+    python = MatchSpec(
+        next(entry for entry in CONDA["dependencies"] if str(entry).startswith("python "))
+    )
+    assert VersionSpec(python.version).matches(Version(version)) == (
+        version in SpecifierSet(PROJECT["requires-python"])
+    )
 
 
 def test_conda_leaves_every_other_requirement_to_pyproject():
-    names = [entry if isinstance(entry, dict) else MatchSpec(entry).name.normalized for entry in CONDA["dependencies"]]
+    names = [
+        entry if isinstance(entry, dict) else MatchSpec(entry).name.normalized
+        for entry in CONDA["dependencies"]
+    ]
     assert names == ["python", "pip", {"pip": ["-e .[test]"]}]
     assert "test" in PROJECT["optional-dependencies"]
 
 
 def test_every_imported_package_is_declared():
     declared = {Requirement(text).name for text in PROJECT["dependencies"]}
-    imported = {DISTRIBUTION.get(module, module) for path in (ROOT / "gipip").rglob("*.py") for module in _imports(path)}
+    imported = {
+        DISTRIBUTION.get(module, module)
+        for path in (ROOT / "gipip").rglob("*.py")
+        for module in _imports(path)
+    }
     assert imported - declared == set()
 
 
 def test_every_declared_package_has_a_lower_bound():
-    requirements = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
-    assert [requirement.name for requirement in requirements if ">=" not in str(requirement.specifier)] == []
+    requirements = [
+        Requirement(text)
+        for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    ]
+    assert [
+        requirement.name for requirement in requirements if ">=" not in str(requirement.specifier)
+    ] == []
 
 
 def test_everything_exported_is_there_and_what_is_imported_is_exported_in_order():
     tree = ast.parse((ROOT / "gipip" / "__init__.py").read_text())
-    imported = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     assert gipip.__all__ == sorted(imported)
     assert all(hasattr(gipip, name) for name in gipip.__all__)
 
@@ -76,11 +99,25 @@ def test_the_readmes_commands_exist():
     assert {word for line in commands for word in re.findall(r"^make ([a-z]+)", line)} <= targets
     from gipip.cli import app
 
-    known = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
-    assert {word for line in commands for word in re.findall(r"^gipip ([a-z-]+)", line) if not word.startswith("-")} <= known
+    known = {
+        command.name or command.callback.__name__.replace("_", "-")
+        for command in app.registered_commands
+    }
+    assert {
+        word
+        for line in commands
+        for word in re.findall(r"^gipip ([a-z-]+)", line)
+        if not word.startswith("-")
+    } <= known
 
 
 def _shell_lines(markdown: str) -> list[str]:
-    """The commands in a text's code blocks, without prompt and without the environment's folder."""
+    """The commands in a text's code blocks, without prompt and without the
+    environment's folder.
+    """
     blocks = re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
-    return [re.sub(r"^(\$ )?(\.venv/bin/)?", "", line.strip()) for block in blocks for line in block.splitlines()]
+    return [
+        re.sub(r"^(\$ )?(\.venv/bin/)?", "", line.strip())
+        for block in blocks
+        for line in block.splitlines()
+    ]

@@ -6,7 +6,9 @@ import torch
 import gipip
 from gipip.priors import GenerativePrior, Generator
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU"
+)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "steps"])
@@ -34,7 +36,9 @@ NEW = {
 @pytest.mark.parametrize("name", NEW)
 def test_every_other_attack_does_when_replayed_what_it_does_traced(name, fedavg):
     data, model = gipip.load_dataset("cifar10"), gipip.build_model("convnet").cuda()
-    update = gipip.Client(model).share(data.tuning(batch_size=2), statistics="shared", fedavg=fedavg)
+    update = gipip.Client(model).share(
+        data.tuning(batch_size=2), statistics="shared", fedavg=fedavg
+    )
     torch.manual_seed(0)
     attack = NEW[name](GenerativePrior(Generator(width=8, latent_size=8)))
     replayed = attack(model, update)

@@ -31,23 +31,34 @@ def folder(tmp_path):
 def write(folder, name, *cells, parameters=PARAMETERS):
     tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
     cells = [new_markdown_cell("# Claim"), tagged, *map(new_code_cell, cells)]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python"}}
+    kernel = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+        "language_info": {"name": "python"},
+    }
     nbformat.write(new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
 
 
 def printed(path):
     cells = nbformat.read(path, as_version=4).cells
-    return "".join(output.text for cell in cells if cell.cell_type == "code" for output in cell.outputs)
+    return "".join(
+        output.text for cell in cells if cell.cell_type == "code" for output in cell.outputs
+    )
 
 
 def test_a_profile_gives_shared_parameters_to_those_that_declare_them_and_own_ones_win(folder):
-    assert plan("cpu", folder=folder) == {"01_first": {"iterations": 2}, "02_second": {"iterations": 3, "size": 64}}
+    assert plan("cpu", folder=folder) == {
+        "01_first": {"iterations": 2},
+        "02_second": {"iterations": 3, "size": 64},
+    }
     assert plan("smoke", folder=folder) == {"01_first": {}, "02_second": {}}
 
 
 def test_given_parameters_go_to_every_notebook_that_declares_them_and_win(folder):
     given = {"iterations": "9", "size": "16"}
-    assert plan("cpu", folder=folder, parameters=given) == {"01_first": {"iterations": "9"}, "02_second": given}
+    assert plan("cpu", folder=folder, parameters=given) == {
+        "01_first": {"iterations": "9"},
+        "02_second": given,
+    }
     with pytest.raises(ProfileError, match="Unknown parameter of any notebook: 'colour'"):
         plan("cpu", folder=folder, parameters={"colour": "red"})
 
@@ -67,8 +78,16 @@ def test_notebooks_run_in_order_however_they_are_asked_for(folder):
         ("gpu", (), "Unknown profile: 'gpu'. Known: cpu, smoke"),
         ("smoke", ("07",), "Unknown notebook: '07'. Known: 01_first, 02_second."),
         ("unknown-notebook", (), "Unknown notebook: '09_ninth'. Known: 01_first, 02_second."),
-        ("unknown-parameter", (), "Unknown parameter of 01_first: 'iteration'. Known: iterations, name."),
-        ("unknown-shared-parameter", (), "Unknown parameter of any notebook: 'iteration'. Known: iterations, name, size."),
+        (
+            "unknown-parameter",
+            (),
+            "Unknown parameter of 01_first: 'iteration'. Known: iterations, name.",
+        ),
+        (
+            "unknown-shared-parameter",
+            (),
+            "Unknown parameter of any notebook: 'iteration'. Known: iterations, name, size.",
+        ),
     ],
 )
 def test_what_does_not_exist_is_named_beside_what_does(folder, profile, only, message):
@@ -118,7 +137,9 @@ def test_figures_written_by_a_notebook_are_told(folder):
         ("import os; os._exit(0)", "code cell [23] of 3 did not finish"),
     ],
 )
-def test_a_notebook_that_stops_half_way_is_kept_as_failed_and_nothing_else(folder, cell, message, in_place):
+def test_a_notebook_that_stops_half_way_is_kept_as_failed_and_nothing_else(
+    folder, cell, message, in_place
+):
     write(folder, "01_first", cell, "print('after')")
     source = (folder / "01_first.ipynb").read_bytes()
     with pytest.raises(NotebookError, match=message) as caught:
@@ -128,8 +149,12 @@ def test_a_notebook_that_stops_half_way_is_kept_as_failed_and_nothing_else(folde
     assert str(failed) in str(caught.value)
     assert failed.exists()
     assert (folder / "01_first.ipynb").read_bytes() == source
-    assert sorted(path.name for path in (folder.parent / "out").glob("*.ipynb")) == ([] if in_place else ["01_first.failed.ipynb"])
-    assert list(plan("smoke", folder=folder)) == ["01_first", "02_second"], "a failed copy is no notebook"
+    assert sorted(path.name for path in (folder.parent / "out").glob("*.ipynb")) == (
+        [] if in_place else ["01_first.failed.ipynb"]
+    )
+    assert list(plan("smoke", folder=folder)) == ["01_first", "02_second"], (
+        "a failed copy is no notebook"
+    )
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -140,7 +165,12 @@ def test_a_kernel_that_dies_in_the_last_cell_is_a_failure_too(folder, in_place):
 
 
 def test_executing_in_place_twice_gives_the_same_bytes(folder):
-    write(folder, "01_first", "import sys\nprint('a')\nprint('b', file=sys.stderr)\nprint('c')", "{'iterations': iterations}")
+    write(
+        folder,
+        "01_first",
+        "import sys\nprint('a')\nprint('b', file=sys.stderr)\nprint('c')",
+        "{'iterations': iterations}",
+    )
     run("smoke", ["01"], in_place=True, folder=folder)
     first = (folder / "01_first.ipynb").read_bytes()
     run("smoke", ["01"], in_place=True, folder=folder)
@@ -175,7 +205,9 @@ else:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_notebook_that_is_out_of_time_is_left_for_the_next_time_and_not_a_failed_one(folder, in_place):
+def test_a_notebook_that_is_out_of_time_is_left_for_the_next_time_and_not_a_failed_one(
+    folder, in_place
+):
     write(folder, "02_second", LIMITED.format(hours=2), parameters=PARAMETERS + "\nsize = 32")
     out, reports = folder.parent / "out", []
     options = {"folder": folder, "in_place": in_place, "output": out, "report": reports.append}
@@ -183,7 +215,10 @@ def test_a_notebook_that_is_out_of_time_is_left_for_the_next_time_and_not_a_fail
     with pytest.raises(OutOfTime, match=message):
         run("smoke", budget=3600, **options)
     assert not list(folder.parent.rglob("*.failed.ipynb")) and "01_first: done" in reports[1]
-    assert [result.name for result in run("smoke", budget=3 * 3600, **options)] == ["01_first", "02_second"]
+    assert [result.name for result in run("smoke", budget=3 * 3600, **options)] == [
+        "01_first",
+        "02_second",
+    ]
 
 
 def test_no_notebook_begins_when_the_time_is_over(folder, monkeypatch):
@@ -201,9 +236,15 @@ PLACES = {"smoke": "../figures/smoke", "cpu": "../figures", "paper": "../figures
 CLAIM = "claim,compared,metric,images,batches,mean,low,high,verdict\n1 Helps,GIPIP - IG,psnr,24,6,0.5,0.25,0.75,supported\n"
 
 
-@pytest.mark.parametrize(("profile", "joined"), [("smoke", []), ("cpu", ["figures/claims.csv"]), ("paper", ["figures/paper/claims.csv"])])
+@pytest.mark.parametrize(
+    ("profile", "joined"),
+    [("smoke", []), ("cpu", ["figures/claims.csv"]), ("paper", ["figures/paper/claims.csv"])],
+)
 def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, profile, joined):
-    settings = {name: {"all": {"figures": place}} if name != "smoke" else {} for name, place in PLACES.items()}
+    settings = {
+        name: {"all": {"figures": place}} if name != "smoke" else {}
+        for name, place in PLACES.items()
+    }
     (folder / "profiles.yaml").write_text(yaml.safe_dump({"profiles": settings}))
     cell = f"import pathlib\npathlib.Path(figures).mkdir(parents=True)\npathlib.Path(figures, '01_first_claims.csv').write_text({CLAIM!r})"
     write(folder, "01_first", cell, parameters=f"figures = {PLACES['smoke']!r}")
@@ -211,14 +252,18 @@ def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, pro
     readme.write_text("<!-- claims: written by make reproduce -->\n<!-- end of claims -->\n")
     said = []
     run(profile, ["01"], folder=folder, report=said.append)
-    assert [path.relative_to(folder.parent).as_posix() for path in folder.parent.rglob("claims.csv")] == joined
+    assert [
+        path.relative_to(folder.parent).as_posix() for path in folder.parent.rglob("claims.csv")
+    ] == joined
     assert ("| GIPIP - IG |" in readme.read_text(encoding="utf-8")) == (profile == "cpu")
     told = [f"Claims: 1 supported: {folder.parent / path}" for path in joined]
     assert said[2:] == told + [f"Claims, judged: {readme}"] * (profile == "cpu")
 
 
 def test_without_a_readme_beside_the_notebooks_none_is_made(folder):
-    (folder / "profiles.yaml").write_text(yaml.safe_dump({"profiles": {"cpu": {"all": {"figures": "../figures"}}}}))
+    (folder / "profiles.yaml").write_text(
+        yaml.safe_dump({"profiles": {"cpu": {"all": {"figures": "../figures"}}}})
+    )
     (folder.parent / "figures").mkdir()
     (folder.parent / "figures" / "02_second_claims.csv").write_text(CLAIM)
     write(folder, "01_first", parameters="figures = ''")

@@ -1,4 +1,6 @@
-"""Sweeps on a dask cluster started by its command line: a scheduler and workers in processes of their own, some of which are killed."""
+"""Sweeps on a dask cluster started by its command line: a scheduler and workers in
+processes of their own, some of which are killed.
+"""
 
 import contextlib
 import json
@@ -17,7 +19,7 @@ import torch
 
 from gipip.attacks import InvertingGradients
 from gipip.errors import SweepError
-from gipip.experiments import ResultStore, Run, Scenario, execute, sweep
+from gipip.experiments.sweep import ResultStore, Run, Scenario, execute, sweep
 
 LENET = Scenario(model="lenet")
 GPU = {"GPU": 1}
@@ -68,9 +70,17 @@ def wait_until(condition, seconds=120):
 
 def start(*command, **environment):
     """A dask process in a process group of its own, as if on another machine."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [
+            str(Path(__file__).parent),
+            str(Path(__file__).parents[1]),
+            os.environ.get("PYTHONPATH", ""),
+        ]
+    )
     environment = os.environ | {"PYTHONPATH": path} | environment
-    return subprocess.Popen([sys.executable, "-m", "dask", *command], env=environment, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dask", *command], env=environment, start_new_session=True
+    )
 
 
 def switch_off(process):
@@ -93,20 +103,41 @@ def running(*command, **environment):
 def running_scheduler(folder):
     """The process and the address of a scheduler."""
     file = folder / "scheduler.json"
-    options = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--scheduler-file", str(file)]
+    options = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--dashboard-address",
+        "127.0.0.1:0",
+        "--scheduler-file",
+        str(file),
+    ]
     with running("scheduler", *options) as process:
         wait_until(file.exists)
         yield process, json.loads(file.read_text())["address"]
 
 
 def worker(address, name, *options):
-    settings = ["--nthreads", "1", "--memory-limit", "0", "--preload", "gipip", "--no-dashboard", "--name", name]
+    settings = [
+        "--nthreads",
+        "1",
+        "--memory-limit",
+        "0",
+        "--preload",
+        "gipip",
+        "--no-dashboard",
+        "--name",
+        name,
+    ]
     return running("worker", address, *settings, *options, WORKER=name)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """The address of a scheduler with a worker that has a GPU (so it says) and one that has none."""
+    """The address of a scheduler with a worker that has a GPU (so it says) and one that
+    has none.
+    """
     with (
         running_scheduler(tmp_path_factory.mktemp("cluster")) as (_, address),
         worker(address, "gpu", "--resources", "GPU=1"),
@@ -124,14 +155,22 @@ def store(tmp_path):
 
 def runs(attack, folder, count=2):
     folder.mkdir()
-    return [Run("IG", LENET, attack(iterations=2, seed=seed, folder=str(folder))) for seed in range(count)]
+    return [
+        Run("IG", LENET, attack(iterations=2, seed=seed, folder=str(folder)))
+        for seed in range(count)
+    ]
 
 
 @contextlib.contextmanager
 def switched_off_where_it_hangs(folder, machines):
     """The machine on which an attack hangs loses its power."""
     hangs_on = folder / "hangs on"
-    killer = threading.Thread(target=lambda: (wait_until(hangs_on.is_symlink), switch_off(machines[os.readlink(hangs_on)])))
+    killer = threading.Thread(
+        target=lambda: (
+            wait_until(hangs_on.is_symlink),
+            switch_off(machines[os.readlink(hangs_on)]),
+        )
+    )
     killer.start()
     yield
     killer.join()
@@ -145,7 +184,10 @@ def test_a_sweep_runs_on_all_workers_of_a_cluster_by_its_address_alone(cluster, 
     results = sweep(runs(MeetsAnother, tmp_path / "names"), store=store, scheduler=cluster)
     assert names(tmp_path / "names") == {"gpu", "plain"}
     for seed, result in enumerate(results):
-        assert torch.equal(result.images, execute(Run("IG", LENET, InvertingGradients(iterations=2, seed=seed))).images)
+        assert torch.equal(
+            result.images,
+            execute(Run("IG", LENET, InvertingGradients(iterations=2, seed=seed))).images,
+        )
 
 
 def test_the_address_may_stand_in_dasks_configuration(cluster, store, tmp_path, monkeypatch):
@@ -156,11 +198,18 @@ def test_the_address_may_stand_in_dasks_configuration(cluster, store, tmp_path, 
 
 
 def test_runs_that_need_a_gpu_go_only_to_workers_that_offer_one(cluster, store, tmp_path):
-    sweep(runs(LeavesItsName, tmp_path / "names", count=8), store=store, scheduler=cluster, resources=GPU)
+    sweep(
+        runs(LeavesItsName, tmp_path / "names", count=8),
+        store=store,
+        scheduler=cluster,
+        resources=GPU,
+    )
     assert names(tmp_path / "names") == {"gpu"}
 
 
-def test_the_run_of_a_machine_that_dies_is_done_by_another_as_long_as_there_is_one(cluster, store, tmp_path, monkeypatch):
+def test_the_run_of_a_machine_that_dies_is_done_by_another_as_long_as_there_is_one(
+    cluster, store, tmp_path, monkeypatch
+):
     with (
         worker(cluster, "left", "--resources", "spare=1") as left,
         worker(cluster, "right", "--resources", "spare=1") as right,
@@ -170,40 +219,73 @@ def test_the_run_of_a_machine_that_dies_is_done_by_another_as_long_as_there_is_o
         machines = {"left": left, "right": right}
         first, second = tmp_path / "first", tmp_path / "second"
         with switched_off_where_it_hangs(first, machines):
-            (result,) = sweep(runs(HangsOnce, first, count=1), store=store, scheduler=cluster, resources={"spare": 1})
+            (result,) = sweep(
+                runs(HangsOnce, first, count=1),
+                store=store,
+                scheduler=cluster,
+                resources={"spare": 1},
+            )
         assert (first / "0").read_text().split() in (["left", "right"], ["right", "left"])
-        assert torch.equal(result.images, execute(Run("IG", LENET, InvertingGradients(iterations=2))).images)
+        assert torch.equal(
+            result.images, execute(Run("IG", LENET, InvertingGradients(iterations=2))).images
+        )
         monkeypatch.setattr("gipip.cluster.PATIENCE", 0.5)
         with (
             switched_off_where_it_hangs(second, machines),
-            pytest.raises(SweepError, match=r"No worker that offers spare=1 is connected .*\(2 workers are\).*runs not done: 1\."),
+            pytest.raises(
+                SweepError,
+                match=r"No worker that offers spare=1 is connected .*\(2 workers are\).*runs not done: 1\.",
+            ),
         ):
-            sweep(runs(HangsOnce, second, count=1), store=store, scheduler=cluster, resources={"spare": 1})
+            sweep(
+                runs(HangsOnce, second, count=1),
+                store=store,
+                scheduler=cluster,
+                resources={"spare": 1},
+            )
     assert result_files(store) == [store.path(result.run)]
 
 
-def test_a_resource_that_no_worker_offers_is_an_error_that_says_how_to_start_one(cluster, store, tmp_path, monkeypatch):
+def test_a_resource_that_no_worker_offers_is_an_error_that_says_how_to_start_one(
+    cluster, store, tmp_path, monkeypatch
+):
     monkeypatch.setattr("gipip.cluster.PATIENCE", 0.5)
     needed = {"GPU": 2, "memory": 1.5}
     message = r'No worker that offers GPU=2 memory=1.5 .*\(2 workers are\).*--resources "GPU=2 memory=1.5"`.*not done: 2'
-    with pytest.warns(UserWarning, match="Waiting for one"), pytest.raises(SweepError, match=message):
-        sweep(runs(LeavesItsName, tmp_path / "names"), store=store, scheduler=cluster, resources=needed)
+    with (
+        pytest.warns(UserWarning, match="Waiting for one"),
+        pytest.raises(SweepError, match=message),
+    ):
+        sweep(
+            runs(LeavesItsName, tmp_path / "names"),
+            store=store,
+            scheduler=cluster,
+            resources=needed,
+        )
     assert not names(tmp_path / "names")
 
 
 def test_runs_lost_with_their_scheduler_are_failures_that_say_so(store, tmp_path, monkeypatch):
     with running_scheduler(tmp_path) as (process, address):
         as_completed = distributed.as_completed
-        monkeypatch.setattr(distributed, "as_completed", lambda futures: (switch_off(process), as_completed(futures))[1])
+        monkeypatch.setattr(
+            distributed,
+            "as_completed",
+            lambda futures: (switch_off(process), as_completed(futures))[1],
+        )
         with (
             pytest.warns(UserWarning, match="No worker is connected"),
-            pytest.raises(SweepError, match="it was cancelled: the scheduler cannot be reached any more"),
+            pytest.raises(
+                SweepError, match="it was cancelled: the scheduler cannot be reached any more"
+            ),
         ):
             sweep(runs(LeavesItsName, tmp_path / "names"), store=store, scheduler=address)
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "head"])
-def test_an_address_without_a_scheduler_is_an_error_that_says_how_to_start_one(store, tmp_path, address):
+def test_an_address_without_a_scheduler_is_an_error_that_says_how_to_start_one(
+    store, tmp_path, address
+):
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
         pytest.raises(SweepError, match=f"no dask scheduler at '{address}'.*`dask scheduler`"),
@@ -212,5 +294,7 @@ def test_an_address_without_a_scheduler_is_an_error_that_says_how_to_start_one(s
 
 
 def test_resources_without_a_cluster_are_refused(store, tmp_path):
-    with pytest.raises(SweepError, match="Workers on this machine offer no .*{'GPU': 1.0}.*address"):
+    with pytest.raises(
+        SweepError, match="Workers on this machine offer no .*{'GPU': 1.0}.*address"
+    ):
         sweep(runs(LeavesItsName, tmp_path / "names"), store=store, resources=GPU)

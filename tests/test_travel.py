@@ -31,7 +31,10 @@ def fill(store, *places, value=1.0, steps=5):
 
 
 def content(store):
-    return {path.relative_to(store).as_posix(): read_tensors(path)[0]["x"][0].item() for path in store.rglob("*.safetensors")}
+    return {
+        path.relative_to(store).as_posix(): read_tensors(path)[0]["x"][0].item()
+        for path in store.rglob("*.safetensors")
+    }
 
 
 def unpack(archives, folder):
@@ -41,13 +44,26 @@ def unpack(archives, folder):
     return folder
 
 
-# Packing -----------------------------------------------------------------------------------------------------------------------------
+# Packing -----------------------------------------------------------------------
 
 
-def test_a_packed_run_goes_on_elsewhere_from_what_travelled_and_its_results_come_home(tmp_path, cache):
-    fill(cache, "imagenet64-mine.safetensors", "imagenet64-other.safetensors", "cifar10.safetensors")
-    store = fill(tmp_path / "store", f"{KEYS[0]}.safetensors", f"unfinished/{KEYS[1]}-0.safetensors")
-    archives = pack(tmp_path / "packed", "smoke", ["00"], photographs="imagenet64-mine", store=store, limit=8 * 2**20)
+def test_a_packed_run_goes_on_elsewhere_from_what_travelled_and_its_results_come_home(
+    tmp_path, cache
+):
+    fill(
+        cache, "imagenet64-mine.safetensors", "imagenet64-other.safetensors", "cifar10.safetensors"
+    )
+    store = fill(
+        tmp_path / "store", f"{KEYS[0]}.safetensors", f"unfinished/{KEYS[1]}-0.safetensors"
+    )
+    archives = pack(
+        tmp_path / "packed",
+        "smoke",
+        ["00"],
+        photographs="imagenet64-mine",
+        store=store,
+        limit=8 * 2**20,
+    )
     assert len(archives) > 3 and all(archive.stat().st_size <= 8 * 2**20 for archive in archives)
     there = unpack(archives, tmp_path / "there")
     assert content(there / "results") == content(store)
@@ -57,23 +73,43 @@ def test_a_packed_run_goes_on_elsewhere_from_what_travelled_and_its_results_come
     python = tmp_path / "python"  # instead of an hour's work: tells what it was asked to do
     python.write_text('#!/bin/sh\necho "$PYTHONPATH $GIPIP_CACHE $@"\nexit 75\n')
     python.chmod(0o755)
-    process = subprocess.run(["sh", "run.sh", "5m"], cwd=there, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    process = subprocess.run(
+        ["sh", "run.sh", "5m"],
+        cwd=there,
+        env=os.environ | {"PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
     assert process.returncode == 75
     command = "-m gipip reproduce --profile smoke --only 00 --private cache/imagenet64-mine.safetensors --budget 5m"
     assert process.stdout == f"{there}:{there}/site {there}/cache {command}\n"
     assert not list(there.rglob("*.part-*"))
-    for name in ("data/lpips-alexnet-trunk.safetensors", "gipip/__main__.py", "notebooks/profiles.yaml", "pyproject.toml"):
+    for name in (
+        "data/lpips-alexnet-trunk.safetensors",
+        "gipip/__main__.py",
+        "notebooks/profiles.yaml",
+        "pyproject.toml",
+    ):
         assert (there / name).read_bytes() == (travel._ROOT / name).read_bytes()
 
     home = tmp_path / "home"
-    assert sorted(collect([there / "results.tar"], home).new) == sorted(content(home)) and content(home) == content(there / "results")
+    assert sorted(collect([there / "results.tar"], home).new) == sorted(content(home)) and content(
+        home
+    ) == content(there / "results")
 
 
 def test_the_unpacked_code_runs_as_it_is_with_nothing_installed(tmp_path):
     there = unpack(pack(tmp_path / "packed", "smoke"), tmp_path / "there")
     code = "import gipip; print(gipip.__file__); gipip.load_dataset('cifar10')"
     environment = os.environ | {"PYTHONPATH": str(there)}
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert process.stdout.strip() == str(there / "gipip" / "__init__.py")
 
 
@@ -81,10 +117,15 @@ def test_files_larger_than_an_archive_travel_in_parts(tmp_path):
     (tmp_path / "large").write_bytes(os.urandom(3_000_000))
     (tmp_path / "empty").touch()
     (tmp_path / "packed").mkdir()
-    archives = travel._write(tmp_path / "packed", {"a/large": tmp_path / "large", "empty": tmp_path / "empty"}, 2**20)
+    archives = travel._write(
+        tmp_path / "packed", {"a/large": tmp_path / "large", "empty": tmp_path / "empty"}, 2**20
+    )
     assert len(archives) == 3 and max(archive.stat().st_size for archive in archives) <= 2**20
     there = unpack(archives, tmp_path / "there")
-    assert b"".join(path.read_bytes() for path in sorted((there / "a").iterdir())) == (tmp_path / "large").read_bytes()
+    assert (
+        b"".join(path.read_bytes() for path in sorted((there / "a").iterdir()))
+        == (tmp_path / "large").read_bytes()
+    )
     assert (there / "empty").read_bytes() == b""
 
 
@@ -104,7 +145,9 @@ def test_wheels_are_for_the_other_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", download)
     options = {"python": "3.12", "platforms": ["manylinux2014_x86_64", "manylinux_2_28_x86_64"]}
     archives = pack(tmp_path / "packed", "smoke", wheels=["lpips"], **options)
-    assert " ".join(asked[:9]).startswith("download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64")
+    assert " ".join(asked[:9]).startswith(
+        "download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64"
+    )
     assert (unpack(archives, tmp_path / "there") / "wheels" / "lpips-1-py3-none-any.whl").exists()
 
 
@@ -118,21 +161,33 @@ def test_what_cannot_be_packed_is_refused(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="at least 1 MiB"):
         pack(tmp_path / "packed", "smoke", limit=10**6)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(DataError, match=r"pip cannot download nothing-like-it \(.*No matching distribution"):
+    with pytest.raises(
+        DataError, match=r"pip cannot download nothing-like-it \(.*No matching distribution"
+    ):
         pack(tmp_path / "packed", "smoke", wheels=["nothing-like-it"])
 
 
-# Collecting --------------------------------------------------------------------------------------------------------------------------
+# Collecting --------------------------------------------------------------------
 
 
 def test_collecting_adds_what_is_new_never_overwrites_and_leaves_what_is_damaged(tmp_path):
-    there = fill(tmp_path / "there", *(f"{key}.safetensors" for key in KEYS), "clients/d.safetensors", "priors/e.safetensors", value=2.0)
+    there = fill(
+        tmp_path / "there",
+        *(f"{key}.safetensors" for key in KEYS),
+        "clients/d.safetensors",
+        "priors/e.safetensors",
+        value=2.0,
+    )
     damaged = there / f"{KEYS[2]}.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     home = fill(tmp_path / "home", f"{KEYS[0]}.safetensors")
     new = [f"{KEYS[1]}.safetensors", "clients/d.safetensors", "priors/e.safetensors"]
     found = collect([there], home)
-    assert (found.new, found.known, found.damaged) == (new, [f"{KEYS[0]}.safetensors"], [damaged.name])
+    assert (found.new, found.known, found.damaged) == (
+        new,
+        [f"{KEYS[0]}.safetensors"],
+        [damaged.name],
+    )
     assert content(home) == {f"{KEYS[0]}.safetensors": 1.0} | dict.fromkeys(new, 2.0)
     assert collect([there], home).new == []
 
@@ -140,14 +195,21 @@ def test_collecting_adds_what_is_new_never_overwrites_and_leaves_what_is_damaged
 @pytest.mark.parametrize(("here", "there", "kept"), [(5, 9, 9), (9, 5, 9), (5, 5, 5)])
 def test_of_an_attack_under_way_the_part_that_came_further_is_kept(here, there, kept, tmp_path):
     place = f"unfinished/{KEYS[0]}-0.safetensors"
-    home, other = (fill(tmp_path / name, place, steps=steps) for name, steps in (("home", here), ("other", there)))
+    home, other = (
+        fill(tmp_path / name, place, steps=steps)
+        for name, steps in (("home", here), ("other", there))
+    )
     found = collect([other], home)
     assert read_tensors(home / place)[1]["steps"] == kept and len(found.new) == (there > here)
 
 
 def test_an_attack_that_is_finished_is_no_longer_under_way(tmp_path):
     result, part = f"{KEYS[0]}.safetensors", f"unfinished/{KEYS[0]}-0.safetensors"
-    begun, done, home = fill(tmp_path / "begun", part), fill(tmp_path / "done", result), fill(tmp_path / "home", part, steps=1)
+    begun, done, home = (
+        fill(tmp_path / "begun", part),
+        fill(tmp_path / "done", result),
+        fill(tmp_path / "home", part, steps=1),
+    )
     assert collect([done], home).new == [result] and list(content(home)) == [result]
     assert collect([begun], home).known == [part] and list(content(home)) == [result]
 
@@ -162,8 +224,18 @@ def suspicious(name="results/link", **about):
 @pytest.mark.parametrize(
     "member",
     [
-        *(suspicious(name) for name in ("../evil.safetensors", "/tmp/evil.safetensors", "results/../../evil.safetensors")),
-        *(suspicious(type=kind, linkname="/etc") for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)),
+        *(
+            suspicious(name)
+            for name in (
+                "../evil.safetensors",
+                "/tmp/evil.safetensors",
+                "results/../../evil.safetensors",
+            )
+        ),
+        *(
+            suspicious(type=kind, linkname="/etc")
+            for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)
+        ),
     ],
 )
 def test_an_archive_with_links_or_paths_that_lead_out_of_it_is_refused_as_a_whole(member, tmp_path):
@@ -171,7 +243,9 @@ def test_an_archive_with_links_or_paths_that_lead_out_of_it_is_refused_as_a_whol
     with tarfile.open(tmp_path / "results.tar", "w") as archive:
         archive.add(tmp_path / "results", "results")
         archive.addfile(member)
-    with pytest.raises(DataError, match=f"holds {re.escape(repr(member.name))}, a link or a path that leads out"):
+    with pytest.raises(
+        DataError, match=f"holds {re.escape(repr(member.name))}, a link or a path that leads out"
+    ):
         collect([tmp_path / "results.tar"], tmp_path / "home")
     assert not (tmp_path / "home").exists() and not list(tmp_path.glob("evil*"))
 

@@ -1,4 +1,6 @@
-"""Tuning: in stages on tuning images, with the same effort for every arm, and the settings that ship."""
+"""Tuning: in stages on tuning images, with the same effort for every arm, and the
+settings that ship.
+"""
 
 import itertools
 import json
@@ -7,18 +9,22 @@ import distributed
 import pandas
 import pytest
 
-from gipip import experiments, tuning
 from gipip.attacks import GIPIP, InvertingGradients
-from gipip.data import Dataset, load_dataset
-from gipip.defenses import Sparsification
+from gipip.data.datasets import Dataset, load_dataset
 from gipip.errors import DataError
-from gipip.experiments import ResultStore, Run, Scenario, execute
+from gipip.experiments import sweep as experiments
+from gipip.experiments import tuning
+from gipip.experiments.sweep import ResultStore, Run, Scenario, execute
+from gipip.experiments.tuning import Arm, Study, tune, write_tuned
+from gipip.federation.defenses import Sparsification
 from gipip.priors import load_prior
-from gipip.tuning import Arm, Study, tune, write_tuned
 
 SHIPPED = tuning.read_tuned()
 ONE, TWO = "cifar10/lenet/B=1", "cifar10/lenet/B=2"
-SCENARIOS = (*(Scenario(pool="tuning", model="lenet", seed=seed) for seed in (0, 1)), Scenario(pool="tuning", model="lenet", batch_size=2))
+SCENARIOS = (
+    *(Scenario(pool="tuning", model="lenet", seed=seed) for seed in (0, 1)),
+    Scenario(pool="tuning", model="lenet", batch_size=2),
+)
 TV, RATES, AS = (1e-5, 1e-2), (0.05, 0.3, 1.0), (0.1, 2.0)
 
 
@@ -29,7 +35,9 @@ def prior():
 
 @pytest.fixture(scope="module")
 def tuned_lenet(prior, tmp_path_factory):
-    """Settings, grid and the runs of a small study, executed one after the other; drawing a private image is an error."""
+    """Settings, grid and the runs of a small study, executed one after the other;
+    drawing a private image is an error.
+    """
     runs, store = [], ResultStore(tmp_path_factory.mktemp("store"))
 
     def sweep(asked, **options):
@@ -43,7 +51,9 @@ def tuned_lenet(prior, tmp_path_factory):
     arms = {
         "IG": Arm(InvertingGradients(iterations=2), ({"tv_weight": TV}, {"learning_rate": RATES})),
         "GI-PIP": Arm(GIPIP(prior=prior, iterations=2), ({"as_weight": AS},), after="IG"),
-        "GI-PIP alone": Arm(GIPIP(prior=prior, iterations=2), ({"tv_weight": TV, "as_weight": AS},)),
+        "GI-PIP alone": Arm(
+            GIPIP(prior=prior, iterations=2), ({"tv_weight": TV, "as_weight": AS},)
+        ),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "sweep", sweep)
@@ -64,25 +74,36 @@ def best(rows) -> dict:
 def test_a_stage_tries_all_combinations_of_its_own_settings(tuned_lenet, condition):
     _, grid, _ = tuned_lenet
     tried = [row["settings"] for row in rows(grid, condition, "GI-PIP alone")]
-    assert tried == [{"tv_weight": tv, "as_weight": weight} for tv, weight in itertools.product(TV, AS)]
+    assert tried == [
+        {"tv_weight": tv, "as_weight": weight} for tv, weight in itertools.product(TV, AS)
+    ]
 
 
 @pytest.mark.parametrize("condition", [ONE, TWO])
-def test_a_later_stage_keeps_the_winner_of_the_earlier_one_and_tries_nothing_else(tuned_lenet, condition):
+def test_a_later_stage_keeps_the_winner_of_the_earlier_one_and_tries_nothing_else(
+    tuned_lenet, condition
+):
     settings, grid, _ = tuned_lenet
     tried = rows(grid, condition, "IG")
     assert [row["settings"] for row in tried[:2]] == [{"tv_weight": tv} for tv in TV]
     winner = best(tried[:2])
-    assert [row["settings"] for row in tried[2:]] == [winner | {"learning_rate": rate} for rate in RATES]
+    assert [row["settings"] for row in tried[2:]] == [
+        winner | {"learning_rate": rate} for rate in RATES
+    ]
     assert settings[condition]["IG"] == best(tried[2:])
 
 
 @pytest.mark.parametrize("condition", [ONE, TWO])
-def test_an_arm_after_another_starts_from_that_ones_settings_of_the_same_condition(tuned_lenet, condition):
+def test_an_arm_after_another_starts_from_that_ones_settings_of_the_same_condition(
+    tuned_lenet, condition
+):
     settings, grid, _ = tuned_lenet
     tried = [row["settings"] for row in rows(grid, condition, "GI-PIP")]
     assert tried == [settings[condition]["IG"] | {"as_weight": weight} for weight in AS]
-    assert settings[condition]["IG"].keys() == {"tv_weight", "learning_rate"}  # the winner it came after is left as it was
+    assert settings[condition]["IG"].keys() == {
+        "tv_weight",
+        "learning_rate",
+    }  # the winner it came after is left as it was
 
 
 def test_the_settings_are_each_conditions_and_arms_combination_of_highest_psnr(tuned_lenet):
@@ -92,25 +113,40 @@ def test_the_settings_are_each_conditions_and_arms_combination_of_highest_psnr(t
         assert settings[condition][arm] == best(rows(grid, condition, arm))
 
 
-def test_every_combination_is_run_on_every_scenario_and_its_row_is_the_mean_over_its_conditions(tuned_lenet):
+def test_every_combination_is_run_on_every_scenario_and_its_row_is_the_mean_over_its_conditions(
+    tuned_lenet,
+):
     _, grid, runs = tuned_lenet
     assert len(runs) == 3 * (2 + 3 + 2 + 4) and len(grid) == 2 * (2 + 3 + 2 + 4)
     row = rows(grid, ONE, "GI-PIP alone")[1]
     like = [run for run in runs if run.arm == row["arm"] and run.scenario.condition == ONE]
-    matching = [run for run in like if {name: getattr(run.attack, name) for name in row["settings"]} == row["settings"]]
+    matching = [
+        run
+        for run in like
+        if {name: getattr(run.attack, name) for name in row["settings"]} == row["settings"]
+    ]
     assert {run.scenario for run in matching} == set(SCENARIOS[:2]) and len(matching) == 2
     for metric in ("psnr", "ssim", "lpips"):
-        assert row[metric] == pytest.approx(sum(execute(run).metrics[metric].mean() for run in matching) / 2)
+        assert row[metric] == pytest.approx(
+            sum(execute(run).metrics[metric].mean() for run in matching) / 2
+        )
 
 
 def test_what_no_stage_tries_stays_as_the_arms_attack_has_it(tuned_lenet):
     _, _, runs = tuned_lenet
-    assert {run.attack.iterations for run in runs} == {2} and {run.scenario for run in runs} == set(SCENARIOS)
-    assert {run.attack.learning_rate for run in runs if run.arm == "GI-PIP alone"} == {InvertingGradients().learning_rate}
+    assert {run.attack.iterations for run in runs} == {2} and {run.scenario for run in runs} == set(
+        SCENARIOS
+    )
+    assert {run.attack.learning_rate for run in runs if run.arm == "GI-PIP alone"} == {
+        InvertingGradients().learning_rate
+    }
 
 
 def test_a_defended_condition_is_tuned_apart_from_the_undefended_one(tmp_path):
-    scenarios = (SCENARIOS[0], SCENARIOS[0].model_copy(update={"defenses": (Sparsification(sparsity=0.9),)}))
+    scenarios = (
+        SCENARIOS[0],
+        SCENARIOS[0].model_copy(update={"defenses": (Sparsification(sparsity=0.9),)}),
+    )
     arms = {"IG": Arm(InvertingGradients(iterations=2, masked=True), ({"tv_weight": TV},))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "sweep", lambda runs, **options: [execute(run) for run in runs])
@@ -122,7 +158,9 @@ def test_a_defended_condition_is_tuned_apart_from_the_undefended_one(tmp_path):
 def test_private_images_are_refused_before_anything_is_computed(monkeypatch):
     monkeypatch.setattr(tuning, "sweep", None)
     arms = {"IG": Arm(InvertingGradients(), ({"tv_weight": TV},))}
-    with pytest.raises(DataError, match="on tuning images only.*is on the private pool. Use pool='tuning'"):
+    with pytest.raises(
+        DataError, match="on tuning images only.*is on the private pool. Use pool='tuning'"
+    ):
         tune(Study((*SCENARIOS, Scenario(model="lenet")), arms))
 
 
@@ -135,53 +173,96 @@ def test_a_setting_that_the_attack_does_not_have_or_allow_is_refused(monkeypatch
 
 def test_tuning_images_are_never_private_ones():
     data = load_dataset("cifar10")
-    pools = [{image.numpy().tobytes() for image in pool.pixels} for pool in (data.tuning_pool, data.private_pool, data.auxiliary_pool)]
+    pools = [
+        {image.numpy().tobytes() for image in pool.pixels}
+        for pool in (data.tuning_pool, data.private_pool, data.auxiliary_pool)
+    ]
     assert all(not first & second for first, second in itertools.combinations(pools, 2))
 
 
 def test_tuning_is_a_sweep_that_the_store_spares_the_second_time(prior, tmp_path, monkeypatch):
-    arms = {"GI-PIP": Arm(GIPIP(prior=prior, iterations=1), ({"tv_weight": (1e-3,)}, {"as_weight": (0.5,)}))}
+    arms = {
+        "GI-PIP": Arm(
+            GIPIP(prior=prior, iterations=1), ({"tv_weight": (1e-3,)}, {"as_weight": (0.5,)})
+        )
+    }
     small = Study(SCENARIOS[:1], arms)
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
+    ) as cluster:
         first = tune(small, store=tmp_path, scheduler=cluster.scheduler_address)
     monkeypatch.setattr(distributed, "Client", None)
     again = tune(small, store=tmp_path)
-    assert again[0] == first[0] == {ONE: {"GI-PIP": {"tv_weight": 1e-3, "as_weight": 0.5}}} and again[1].equals(first[1])
+    assert again[0] == first[0] == {
+        ONE: {"GI-PIP": {"tv_weight": 1e-3, "as_weight": 0.5}}
+    } and again[1].equals(first[1])
 
 
-# The file ----------------------------------------------------------------------------------------------------------------------------
+# The file ----------------------------------------------------------------------
 
-GRID = pandas.DataFrame([{"condition": "c", "arm": "GI-PIP", "settings": {"tv_weight": 1e-6, "as_weight": 0.123456}, "psnr": 12.345678}])
+GRID = pandas.DataFrame(
+    [
+        {
+            "condition": "c",
+            "arm": "GI-PIP",
+            "settings": {"tv_weight": 1e-6, "as_weight": 0.123456},
+            "psnr": 12.345678,
+        }
+    ]
+)
 
 
 def test_what_is_written_holds_exact_settings_and_the_whole_grid(tmp_path):
     settings = {"c": {"GI-PIP": {"tv_weight": 1e-6, "as_weight": 0.123456}}}
-    written = json.loads(write_tuned(tmp_path / "new" / "tuned.json", "mine", settings, GRID, {"by": "a test"}).read_text())
+    written = json.loads(
+        write_tuned(
+            tmp_path / "new" / "tuned.json", "mine", settings, GRID, {"by": "a test"}
+        ).read_text()
+    )
     assert written["settings"]["c"] == settings["c"]
-    assert written["studies"]["mine"] == {"made": {"by": "a test"}, "grid": [GRID.to_dict("records")[0] | {"psnr": 12.3457}]}
-
-
-def test_a_study_is_added_to_what_ships_when_there_is_no_file(tmp_path):
-    written = json.loads(write_tuned(tmp_path / "tuned.json", "mine", {"c": {"IG": {"tv_weight": 1}}}, GRID, {}).read_text())
-    assert written == {
-        "settings": SHIPPED["settings"] | {"c": {"IG": {"tv_weight": 1}}},
-        "studies": SHIPPED["studies"] | {"mine": {"made": {}, "grid": written["studies"]["mine"]["grid"]}},
+    assert written["studies"]["mine"] == {
+        "made": {"by": "a test"},
+        "grid": [GRID.to_dict("records")[0] | {"psnr": 12.3457}],
     }
 
 
-def test_a_study_replaces_its_own_settings_in_a_file_and_leaves_other_arms_conditions_and_studies(tmp_path):
+def test_a_study_is_added_to_what_ships_when_there_is_no_file(tmp_path):
+    written = json.loads(
+        write_tuned(
+            tmp_path / "tuned.json", "mine", {"c": {"IG": {"tv_weight": 1}}}, GRID, {}
+        ).read_text()
+    )
+    assert written == {
+        "settings": SHIPPED["settings"] | {"c": {"IG": {"tv_weight": 1}}},
+        "studies": SHIPPED["studies"]
+        | {"mine": {"made": {}, "grid": written["studies"]["mine"]["grid"]}},
+    }
+
+
+def test_a_study_replaces_its_own_settings_in_a_file_and_leaves_other_arms_conditions_and_studies(
+    tmp_path,
+):
     path = tmp_path / "tuned.json"
     other = {"made": {"by": "hand"}, "grid": []}
-    before = {"c": {"IG": {"tv_weight": 1}, "GI-PIP": {"as_weight": 1, "tv_weight": 1}}, "d": {"IG": {"tv_weight": 2}}}
+    before = {
+        "c": {"IG": {"tv_weight": 1}, "GI-PIP": {"as_weight": 1, "tv_weight": 1}},
+        "d": {"IG": {"tv_weight": 2}},
+    }
     path.write_text(json.dumps({"settings": before, "studies": {"other": other, "mine": other}}))
-    write_tuned(path, "mine", {"c": {"GI-PIP": {"as_weight": 3}}, "e": {"IG": {"tv_weight": 4}}}, GRID, {})
+    write_tuned(
+        path, "mine", {"c": {"GI-PIP": {"as_weight": 3}}, "e": {"IG": {"tv_weight": 4}}}, GRID, {}
+    )
     written = json.loads(path.read_text())
-    expected = {"c": {"IG": {"tv_weight": 1}, "GI-PIP": {"as_weight": 3}}, "d": before["d"], "e": {"IG": {"tv_weight": 4}}}
+    expected = {
+        "c": {"IG": {"tv_weight": 1}, "GI-PIP": {"as_weight": 3}},
+        "d": before["d"],
+        "e": {"IG": {"tv_weight": 4}},
+    }
     assert written["settings"] == expected
     assert written["studies"]["other"] == other and len(written["studies"]["mine"]["grid"]) == 1
 
 
-# The studies -------------------------------------------------------------------------------------------------------------------------
+# The studies -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["main", "conditions", "defenses", "gan"])
@@ -189,7 +270,9 @@ def test_a_study_tunes_without_offset_on_tuning_images_that_can_be_drawn(name, p
     study = tuning.study(name, prior.with_offset(0.5), iterations=7)
     assert {scenario.pool for scenario in study.scenarios} == {"tuning"}
     assert all(len(scenario.batch()) == scenario.batch_size for scenario in study.scenarios)
-    assert {arm.attack.prior.offset for arm in study.arms.values() if isinstance(arm.attack, GIPIP)} == {0}
+    assert {
+        arm.attack.prior.offset for arm in study.arms.values() if isinstance(arm.attack, GIPIP)
+    } == {0}
     assert {arm.attack.iterations for arm in study.arms.values()} == {7}
 
 
@@ -197,26 +280,47 @@ def test_a_study_tunes_without_offset_on_tuning_images_that_can_be_drawn(name, p
 def test_with_and_without_the_anomaly_score_differ_in_nothing_else(name, prior):
     arms = tuning.study(name, prior).arms
     without, ours = arms["InvertingGradients"], arms[tuning.EQUAL]
-    assert ours.after == "InvertingGradients" and [list(stage) for stage in ours.stages] == [["as_weight"]]
-    assert {field: getattr(ours.attack, field) for field in InvertingGradients.model_fields} == without.attack.model_dump()
+    assert ours.after == "InvertingGradients" and [list(stage) for stage in ours.stages] == [
+        ["as_weight"]
+    ]
+    assert {
+        field: getattr(ours.attack, field) for field in InvertingGradients.model_fields
+    } == without.attack.model_dump()
 
 
-def test_the_variants_differ_in_their_autoencoder_and_offset_and_start_from_the_same_total_variation(prior):
+def test_the_variants_differ_in_their_autoencoder_and_offset_and_start_from_the_same_total_variation(
+    prior,
+):
     arms = tuning.study("variants", prior).arms
-    offsets = {name: arm.attack.prior.offset for name, arm in arms.items() if isinstance(arm.attack, GIPIP)}
+    offsets = {
+        name: arm.attack.prior.offset for name, arm in arms.items() if isinstance(arm.attack, GIPIP)
+    }
     zero = {tuning.EQUAL, "anomaly score alone", *tuning.AUTOENCODERS}
     calibrated = {"c calibrated", "c calibrated, per batch"}
-    assert offsets == dict.fromkeys(zero, 0) | dict.fromkeys(calibrated, prior.offset) | {"c as released": 0.001}
-    shapes = [(arms[name].attack.prior.autoencoder.width, arms[name].attack.prior.autoencoder.depth) for name in tuning.AUTOENCODERS]
+    assert offsets == dict.fromkeys(zero, 0) | dict.fromkeys(calibrated, prior.offset) | {
+        "c as released": 0.001
+    }
+    shapes = [
+        (arms[name].attack.prior.autoencoder.width, arms[name].attack.prior.autoencoder.depth)
+        for name in tuning.AUTOENCODERS
+    ]
     assert shapes == [(6, 3), (12, 2), (12, 4)]
-    assert [name for name, arm in arms.items() if arm.after is None] == ["InvertingGradients", "anomaly score alone"]
+    assert [name for name, arm in arms.items() if arm.after is None] == [
+        "InvertingGradients",
+        "anomaly score alone",
+    ]
 
 
-def test_the_main_study_tries_the_same_total_variation_for_both_attacks_on_the_stated_batches(prior):
+def test_the_main_study_tries_the_same_total_variation_for_both_attacks_on_the_stated_batches(
+    prior,
+):
     study = tuning.study("main", prior)
     assert {tuple(arm.stages[0]["tv_weight"]) for arm in study.arms.values()} == {tuning.TV_WEIGHTS}
     drawn = [(scenario.model, scenario.batch_size) for scenario in study.scenarios]
-    assert {model: {size: drawn.count((model, size)) for size in sizes} for model, sizes in tuning.BATCHES.items()} == tuning.BATCHES
+    assert {
+        model: {size: drawn.count((model, size)) for size in sizes}
+        for model, sizes in tuning.BATCHES.items()
+    } == tuning.BATCHES
 
 
 def test_an_unknown_study_is_an_error_that_names_the_known_ones(prior):
@@ -225,14 +329,26 @@ def test_an_unknown_study_is_an_error_that_names_the_known_ones(prior):
 
 
 def test_the_settings_of_an_arm_are_those_of_the_run_they_were_tuned_with():
-    scenario = Scenario(pool="tuning", model="lenet", seed=3, model_seed=4, mode="train", labels="withheld")
-    assert scenario.condition == Run("IG", scenario.model_copy(update={"pool": "private"}), InvertingGradients()).scenario.condition == ONE
+    scenario = Scenario(
+        pool="tuning", model="lenet", seed=3, model_seed=4, mode="train", labels="withheld"
+    )
+    assert (
+        scenario.condition
+        == Run(
+            "IG", scenario.model_copy(update={"pool": "private"}), InvertingGradients()
+        ).scenario.condition
+        == ONE
+    )
 
 
-# What ships --------------------------------------------------------------------------------------------------------------------------
+# What ships --------------------------------------------------------------------
 
 MAIN = SHIPPED["studies"]["main"]
-CASES = {f"cifar10/{model}/B={size}": (model, size) for model, sizes in tuning.BATCHES.items() for size in sizes}
+CASES = {
+    f"cifar10/{model}/B={size}": (model, size)
+    for model, sizes in tuning.BATCHES.items()
+    for size in sizes
+}
 ATTACKS = ["GIPIP", "InvertingGradients"]
 
 
@@ -240,27 +356,48 @@ ATTACKS = ["GIPIP", "InvertingGradients"]
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_the_main_studys_shipped_settings_are_the_best_of_their_own_grid(condition, attack):
     tried = [row for row in MAIN["grid"] if (row["arm"], row["condition"]) == (attack, condition)]
-    at_choice = [row["psnr"] for row in tried if row["settings"] == SHIPPED["settings"][condition][attack]]
+    at_choice = [
+        row["psnr"] for row in tried if row["settings"] == SHIPPED["settings"][condition][attack]
+    ]
     assert at_choice == [max(row["psnr"] for row in tried)]
 
 
 def test_the_main_studys_shipped_grid_holds_each_combination_of_the_study_once():
-    expected = [(name, "InvertingGradients", {"tv_weight": tv}) for name in CASES for tv in tuning.TV_WEIGHTS]
+    expected = [
+        (name, "InvertingGradients", {"tv_weight": tv})
+        for name in CASES
+        for tv in tuning.TV_WEIGHTS
+    ]
     pairs = list(itertools.product(tuning.TV_WEIGHTS, tuning.AS_WEIGHTS))
-    expected += [(name, "GIPIP", {"tv_weight": tv, "as_weight": weight}) for name in CASES for tv, weight in pairs]
+    expected += [
+        (name, "GIPIP", {"tv_weight": tv, "as_weight": weight})
+        for name in CASES
+        for tv, weight in pairs
+    ]
     tried = [(row["condition"], row["arm"], row["settings"]) for row in MAIN["grid"]]
     assert len(tried) == len(expected) and all(row in tried for row in expected)
 
 
 def test_the_main_study_was_made_with_the_shipped_prior_on_the_stated_batches(prior):
     assert MAIN["made"]["prior"] == prior.with_offset(0).fingerprint
-    batches = {model: {int(size): count for size, count in sizes.items()} for model, sizes in MAIN["made"]["batches"].items()}
+    batches = {
+        model: {int(size): count for size, count in sizes.items()}
+        for model, sizes in MAIN["made"]["batches"].items()
+    }
     assert batches == tuning.BATCHES
 
 
 def test_every_shipped_setting_is_in_the_grid_of_a_study():
-    tried = [(row["condition"], row["arm"], row["settings"]) for study in SHIPPED["studies"].values() for row in study["grid"]]
-    chosen = [(condition, arm, settings) for condition, arms in SHIPPED["settings"].items() for arm, settings in arms.items()]
+    tried = [
+        (row["condition"], row["arm"], row["settings"])
+        for study in SHIPPED["studies"].values()
+        for row in study["grid"]
+    ]
+    chosen = [
+        (condition, arm, settings)
+        for condition, arms in SHIPPED["settings"].items()
+        for arm, settings in arms.items()
+    ]
     assert [row for row in chosen if row not in tried] == []
 
 
@@ -270,8 +407,14 @@ def test_tuned_attacks_carry_the_shipped_weights(prior, condition):
     assert Scenario(model=model, batch_size=size).condition == condition
     settings = SHIPPED["settings"][condition]
     ours, baseline = GIPIP.tuned(condition, prior=prior), InvertingGradients.tuned(condition)
-    assert (ours.tv_weight, ours.as_weight) == (settings["GIPIP"]["tv_weight"], settings["GIPIP"]["as_weight"])
-    assert baseline.tv_weight == settings["InvertingGradients"]["tv_weight"] and ours.learning_rate == baseline.learning_rate
+    assert (ours.tv_weight, ours.as_weight) == (
+        settings["GIPIP"]["tv_weight"],
+        settings["GIPIP"]["as_weight"],
+    )
+    assert (
+        baseline.tv_weight == settings["InvertingGradients"]["tv_weight"]
+        and ours.learning_rate == baseline.learning_rate
+    )
 
 
 def test_tuned_gipip_sets_c_to_zero_as_it_was_tuned(prior):
@@ -284,9 +427,16 @@ def test_single_settings_of_a_tuned_attack_can_be_changed(prior):
 
 
 def test_a_condition_without_tuned_weights_is_an_error_that_says_which_there_are(prior):
-    with pytest.raises(DataError, match="InvertingGradients are shipped for 'cifar10/lenet/B=1'.*cifar10/convnet/B=1, .*`gipip tune`"):
+    with pytest.raises(
+        DataError,
+        match="InvertingGradients are shipped for 'cifar10/lenet/B=1'.*cifar10/convnet/B=1, .*`gipip tune`",
+    ):
         InvertingGradients.tuned(ONE)
-    with pytest.raises(DataError, match="GIPIP are shipped for 'imagenet224/convnet/B=1'. Shipped: none"):
+    with pytest.raises(
+        DataError, match="GIPIP are shipped for 'imagenet224/convnet/B=1'. Shipped: none"
+    ):
         GIPIP.tuned("imagenet224/convnet/B=1", prior=prior)
-    with pytest.raises(DataError, match="No tuned weights of no such arm are shipped for 'cifar10/convnet/B=1'"):
+    with pytest.raises(
+        DataError, match="No tuned weights of no such arm are shipped for 'cifar10/convnet/B=1'"
+    ):
         InvertingGradients.tuned("cifar10/convnet/B=1", arm="no such arm")

@@ -7,6 +7,19 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
 
-ATTACKS = {attack.__name__: attack for attack in (DLG, InvertingGradients, GIPIP, LatentSearch, GIAS, GradInversion)}
+ATTACKS = {
+    attack.__name__: attack
+    for attack in (DLG, InvertingGradients, GIPIP, LatentSearch, GIAS, GradInversion)
+}
 
-__all__ = ["ATTACKS", "Attack", "DLG", "GIAS", "GIPIP", "GradInversion", "InvertingGradients", "LatentSearch", "Reconstruction"]
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "DLG",
+    "GIAS",
+    "GIPIP",
+    "GradInversion",
+    "InvertingGradients",
+    "LatentSearch",
+    "Reconstruction",
+]

@@ -1,4 +1,6 @@
-"""Deep Leakage from Gradients (Zhu et al., NeurIPS 2019): match the gradient itself, labels optimised along."""
+"""Deep Leakage from Gradients (Zhu et al., NeurIPS 2019): match the gradient itself,
+labels optimised along.
+"""
 
 import torch
 from jaxtyping import Int
@@ -7,15 +9,17 @@ from torch import Tensor
 
 from gipip.attacks.base import Attack, View
 from gipip.attacks.objectives import squared_distance
-from gipip.federation import SharedUpdate
-from gipip.models import ClientModel
+from gipip.federation.client import SharedUpdate
+from gipip.federation.models import ClientModel
 
 
 class DLG(Attack):
-    """cost(x, y) = Σ (∇θL(x, softmax(y)) − g*)², minimised with L-BFGS over images and soft labels, without a box.
+    """cost(x, y) = Σ (∇θL(x, softmax(y)) − g*)², minimised with L-BFGS over images and
+    soft labels, without a box.
 
-    One iteration is one L-BFGS step of at most `inner_iterations` line-free updates. Works on smooth networks (sigmoid); on ReLU
-    networks with BatchNorm it is known to fail.
+    One iteration is one L-BFGS step of at most `inner_iterations` line-free updates.
+    Works on smooth networks (sigmoid); on ReLU networks with BatchNorm it is known to
+    fail.
     """
 
     replayable = False  # L-BFGS decides on the values it sees
@@ -32,7 +36,9 @@ class DLG(Attack):
         return super().variables(view) | {"labels": view.randn(view.shape[0], view.classes)}
 
     def optimizer(self, variables):
-        return torch.optim.LBFGS(list(variables.values()), lr=self.learning_rate, max_iter=self.inner_iterations), None
+        return torch.optim.LBFGS(
+            list(variables.values()), lr=self.learning_rate, max_iter=self.inner_iterations
+        ), None
 
     def terms(self, view: View, variables: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = variables["labels"].softmax(dim=1)
@@ -47,5 +53,7 @@ class DLG(Attack):
 
     @classmethod
     def as_released(cls, **changes) -> "DLG":
-        """The original code's settings: 300 steps of L-BFGS with learning rate 1; `changes` override single settings."""
+        """The original code's settings: 300 steps of L-BFGS with learning rate 1;
+        `changes` override single settings.
+        """
         return cls(**{"iterations": 300} | changes)

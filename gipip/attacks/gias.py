@@ -1,4 +1,6 @@
-"""GAN-based inversion, GIAS (Jeon et al., NeurIPS 2021): search a generator's latents, then the weights of a copy of it for each image."""
+"""GAN-based inversion, GIAS (Jeon et al., NeurIPS 2021): search a generator's latents,
+then the weights of a copy of it for each image.
+"""
 
 import dataclasses
 
@@ -10,13 +12,14 @@ from torch.func import functional_call, vmap
 from gipip.attacks.base import View
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.errors import UpdateError
-from gipip.federation import SharedUpdate
-from gipip.models import ClientModel
+from gipip.federation.client import SharedUpdate
+from gipip.federation.models import ClientModel
 from gipip.priors import GenerativePrior
 
 
 class LatentSearch(InvertingGradients):
-    """min_z 1 − cos(∇θL(G(z), y), g*) + λ_TV·TV(G(z)): the images stay among those that the generator G can make.
+    """min_z 1 − cos(∇θL(G(z), y), g*) + λ_TV·TV(G(z)): the images stay among those that
+    the generator G can make.
 
     `prior`: the attacker's generator.
     """
@@ -41,21 +44,27 @@ class LatentSearch(InvertingGradients):
     def variables(self, view: View) -> dict[str, Tensor]:
         return {"latent": view.randn(view.shape[0], self.prior.generator.latent_size)}
 
-    def candidate(self, view: View, variables: dict[str, Tensor]) -> Float[Tensor, "batch 3 height width"]:
+    def candidate(
+        self, view: View, variables: dict[str, Tensor]
+    ) -> Float[Tensor, "batch 3 height width"]:
         return view.normalize(view.place(self.prior)(variables["latent"]))
 
     def project(self, view: View, variables: dict[str, Tensor]) -> None:
         """Nothing to restore: a generator's images lie in [0, 1]."""
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
-        return super().assumptions(update) | {"auxiliary data": f"{self.prior.provenance.get('images', 'an unknown number of')} images"}
+        return super().assumptions(update) | {
+            "auxiliary data": f"{self.prior.provenance.get('images', 'an unknown number of')} images"
+        }
 
 
 class GIAS(LatentSearch):
-    """Latent search, then parameter search: the weights of one generator copy an image are optimised, its latent stays (Jeon et al. 2021).
+    """Latent search, then parameter search: the weights of one generator copy an image
+    are optimised, its latent stays (Jeon et al. 2021).
 
-    `latent_iterations`, `latent_restarts`, `latent_learning_rate`: of the latent search, whose best result by attacker-visible cost is
-    where the `iterations` of the parameter search start. `learning_rate`: of the parameter search.
+    `latent_iterations`, `latent_restarts`, `latent_learning_rate`: of the latent
+    search, whose best result by attacker-visible cost is where the `iterations` of the
+    parameter search start. `learning_rate`: of the parameter search.
     """
 
     stackable = False  # each restart has a start of its own
@@ -78,7 +87,11 @@ class GIAS(LatentSearch):
 
     def _latent_search(self, restart: int) -> LatentSearch:
         """The first stage; each of this attack's restarts has seeds of its own."""
-        shared = {name: value for name, value in self if name in ("prior", "tv_weight", "schedule", "masked", "returns")}
+        shared = {
+            name: value
+            for name, value in self
+            if name in ("prior", "tv_weight", "schedule", "masked", "returns")
+        }
         return LatentSearch(
             **shared,
             seed=self.seed + restart * self.latent_restarts,
@@ -90,12 +103,19 @@ class GIAS(LatentSearch):
     def variables(self, view: View) -> dict[str, Tensor]:
         latent = view.start["latent"].detach().clone()
         weights = view.place(self.prior).generator.named_parameters()
-        return {"latent": latent} | {name: weight.detach().expand(len(latent), *weight.shape).clone() for name, weight in weights}
+        return {"latent": latent} | {
+            name: weight.detach().expand(len(latent), *weight.shape).clone()
+            for name, weight in weights
+        }
 
     def optimizer(self, variables: dict[str, Tensor]):
-        return super().optimizer({name: variable for name, variable in variables.items() if name != "latent"})
+        return super().optimizer(
+            {name: variable for name, variable in variables.items() if name != "latent"}
+        )
 
-    def candidate(self, view: View, variables: dict[str, Tensor]) -> Float[Tensor, "batch 3 height width"]:
+    def candidate(
+        self, view: View, variables: dict[str, Tensor]
+    ) -> Float[Tensor, "batch 3 height width"]:
         generator = view.place(self.prior).generator
         weights = {name: variable for name, variable in variables.items() if name != "latent"}
         copies = vmap(lambda own, latent: functional_call(generator, own, (latent[None],))[0])

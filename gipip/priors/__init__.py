@@ -4,5 +4,12 @@ from gipip.priors.autoencoder import AnomalyScore, Autoencoder, load_prior, trai
 from gipip.priors.gan import GenerativePrior, Generator, load_generator, train_generator
 
 __all__ = [
-    "AnomalyScore", "Autoencoder", "GenerativePrior", "Generator", "load_generator", "load_prior", "train_autoencoder", "train_generator",
-]  # fmt: skip
+    "AnomalyScore",
+    "Autoencoder",
+    "GenerativePrior",
+    "Generator",
+    "load_generator",
+    "load_prior",
+    "train_autoencoder",
+    "train_generator",
+]

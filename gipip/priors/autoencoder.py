@@ -1,4 +1,6 @@
-"""The anomaly score of GI-PIP: the reconstruction error of an autoencoder trained on a few auxiliary images."""
+"""The anomaly score of GI-PIP: the reconstruction error of an autoencoder trained on a
+few auxiliary images.
+"""
 
 import copy
 import itertools
@@ -12,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gipip.data import LabeledImages
+from gipip.data.datasets import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError
 from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
 from gipip.progress import progress, require_time
@@ -21,34 +23,52 @@ _EVALUATE_EVERY = 100
 
 
 class Autoencoder(nn.Module):
-    """`depth` convolutions (kernel 4, stride 2) that double the channels from `width`, mirrored, with a sigmoid at the end.
+    """`depth` convolutions (kernel 4, stride 2) that double the channels from `width`,
+    mirrored, with a sigmoid at the end.
 
-    Width 12 and depth 3 are GI-PIP's network for CIFAR-10 and ImageNet at 64×64: its code has a quarter of the input's numbers.
-    Images in [0, 1], sides divisible by 2**depth.
+    Width 12 and depth 3 are GI-PIP's network for CIFAR-10 and ImageNet at 64×64: its
+    code has a quarter of the input's numbers. Images in [0, 1], sides divisible by
+    2**depth.
     """
 
     def __init__(self, width: int = 12, depth: int = 3):
         super().__init__()
         channels = [3, *(width * 2**level for level in range(depth))]
         pairs = list(itertools.pairwise(channels))
-        down = [layer for i, o in pairs for layer in (nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.ReLU())]
-        up = [layer for i, o in reversed(pairs) for layer in (nn.ConvTranspose2d(o, i, kernel_size=4, stride=2, padding=1), nn.ReLU())]
+        down = [
+            layer
+            for i, o in pairs
+            for layer in (nn.Conv2d(i, o, kernel_size=4, stride=2, padding=1), nn.ReLU())
+        ]
+        up = [
+            layer
+            for i, o in reversed(pairs)
+            for layer in (nn.ConvTranspose2d(o, i, kernel_size=4, stride=2, padding=1), nn.ReLU())
+        ]
         self.layers = nn.Sequential(*down, *up[:-1], nn.Sigmoid())
         self.width, self.depth = width, depth
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
         return self.layers(images)
 
 
 class AnomalyScore(nn.Module):
-    """AS(x) = |MSE(x, AE(x)) − c| (Sun et al. 2024): how far an image's reconstruction error is from that of natural images.
+    """AS(x) = |MSE(x, AE(x)) − c| (Sun et al. 2024): how far an image's reconstruction
+    error is from that of natural images.
 
-    `offset` is c. `provenance` says how the autoencoder was trained (data, settings, losses) and travels with the weights.
+    `offset` is c. `provenance` says how the autoencoder was trained (data, settings,
+    losses) and travels with the weights.
     """
 
-    def __init__(self, autoencoder: Autoencoder, offset: float = 0.0, provenance: dict | None = None):
+    def __init__(
+        self, autoencoder: Autoencoder, offset: float = 0.0, provenance: dict | None = None
+    ):
         super().__init__()
-        self.autoencoder = autoencoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # a fifth less time on a CPU
+        self.autoencoder = (
+            autoencoder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        )  # a fifth less time on a CPU
         self.offset = float(offset)
         self.provenance = provenance or {}
 
@@ -57,14 +77,22 @@ class AnomalyScore(nn.Module):
         return (self.autoencoder(images) - images).square().mean(dim=(1, 2, 3))
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"], per: Literal["image", "batch"] = "image"
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        per: Literal["image", "batch"] = "image",
     ) -> Float[Tensor, "scores"]:
-        """Scores ≥ 0 of images in [0, 1]: one an image, or (the reference's form) one of the whole batch's mean error."""
+        """Scores ≥ 0 of images in [0, 1]: one an image, or (the reference's form) one
+        of the whole batch's mean error.
+        """
         errors = self.errors(images)
-        return ((errors if per == "image" else errors.mean(dim=0, keepdim=True)) - self.offset).abs()
+        return (
+            (errors if per == "image" else errors.mean(dim=0, keepdim=True)) - self.offset
+        ).abs()
 
     def with_offset(self, offset: float) -> "AnomalyScore":
-        """The same autoencoder with another c, e.g. 0, or 0.001 as GI-PIP released it for CIFAR-10."""
+        """The same autoencoder with another c, e.g. 0, or 0.001 as GI-PIP released it
+        for CIFAR-10.
+        """
         return AnomalyScore(self.autoencoder, offset, self.provenance)
 
     @property
@@ -80,22 +108,29 @@ class AnomalyScore(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> "AnomalyScore":
-        """Read what `save` wrote; DamagedFileError when the file is corrupt or holds something else."""
+        """Read what `save` wrote; DamagedFileError when the file is corrupt or holds
+        something else.
+        """
         tensors, metadata = read_tensors(path)
         try:
             autoencoder = Autoencoder(**metadata["autoencoder"])
             autoencoder.load_state_dict(tensors)
             return cls(autoencoder, metadata["offset"], metadata["provenance"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise DamagedFileError(f"{path} does not hold an autoencoder ({error}). Train one: gipip train-prior.") from error
+            raise DamagedFileError(
+                f"{path} does not hold an autoencoder ({error}). Train one: gipip train-prior."
+            ) from error
 
 
 def load_prior(name: str = "cifar10") -> AnomalyScore:
-    """An anomaly score that ships with gipip: "cifar10" is trained on the 1,900 embedded auxiliary images; see data/README.md for more.
+    """An anomaly score that ships with gipip: "cifar10" is trained on the 1,900
+    embedded auxiliary images; see data/README.md for more.
 
     Raises DataError when there is none of that name.
     """
-    return AnomalyScore.load(shipped("autoencoder", name, "Train one: gipip.train_autoencoder(data.auxiliary())."))
+    return AnomalyScore.load(
+        shipped("autoencoder", name, "Train one: gipip.train_autoencoder(data.auxiliary()).")
+    )
 
 
 def train_autoencoder(
@@ -111,16 +146,26 @@ def train_autoencoder(
     seed: int = 0,
     store: Path | str | None = None,
 ) -> AnomalyScore:
-    """Train an autoencoder on auxiliary images and calibrate the offset c to its mean error on held-out ones.
+    """Train an autoencoder on auxiliary images and calibrate the offset c to its mean
+    error on held-out ones.
 
-    A `validation_fraction` of the images is held out: the weights of the lowest validation error are kept, and training stops early after
-    `patience` evaluations (one every 100 steps) without a better one. Adam, learning rate falling to zero along a cosine. Ctrl-C keeps the
-    best weights so far. With a `store` (a folder) a finished training of the same settings on the same images is loaded instead of
-    repeated. Raises DataError for images the autoencoder cannot be trained on, GipipError when the training diverges.
+    A `validation_fraction` of the images is held out: the weights of the lowest
+    validation error are kept, and training stops early after `patience` evaluations
+    (one every 100 steps) without a better one. Adam, learning rate falling to zero
+    along a cosine. Ctrl-C keeps the best weights so far. With a `store` (a folder) a
+    finished training of the same settings on the same images is loaded instead of
+    repeated. Raises DataError for images the autoencoder cannot be trained on,
+    GipipError when the training diverges.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("auxiliary", "store")}
+    settings = {
+        name: value for name, value in locals().items() if name not in ("auxiliary", "store")
+    }
     provenance = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
-    path = Path(store) / "priors" / f"{fingerprint({}, canonical_json(provenance))[:24]}.safetensors" if store else None
+    path = (
+        Path(store) / "priors" / f"{fingerprint({}, canonical_json(provenance))[:24]}.safetensors"
+        if store
+        else None
+    )
     if path and path.exists():
         return AnomalyScore.load(path)
     require_time()
@@ -128,7 +173,9 @@ def train_autoencoder(
     generator = torch.Generator().manual_seed(seed)
     training, validation = _split(auxiliary, validation_fraction, generator)
     autoencoder = _untrained(width, depth, seed)
-    course = _fit(autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator)
+    course = _fit(
+        autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator
+    )
     outcome = {"history": course.history} | ({"interrupted": True} if course.interrupted else {})
     prior = AnomalyScore(autoencoder.cpu(), provenance=provenance | outcome)
     prior.offset = prior.errors(validation).mean().item()
@@ -140,12 +187,18 @@ def train_autoencoder(
 def _check_images(auxiliary: LabeledImages, depth: int) -> None:
     height, width = auxiliary.pixels.shape[-2:]
     if len(auxiliary) < 2:
-        raise DataError(f"An autoencoder cannot be trained on {len(auxiliary)} images: one is held out. Give at least 2, better 1,000.")
+        raise DataError(
+            f"An autoencoder cannot be trained on {len(auxiliary)} images: one is held out. Give at least 2, better 1,000."
+        )
     if height % 2**depth or width % 2**depth:
-        raise DataError(f"The sides of images of {height}×{width} pixels must be divisible by 2**depth = {2**depth}. Resize them.")
+        raise DataError(
+            f"The sides of images of {height}×{width} pixels must be divisible by 2**depth = {2**depth}. Resize them."
+        )
 
 
-def _split(auxiliary: LabeledImages, validation_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _split(
+    auxiliary: LabeledImages, validation_fraction: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Training and validation images, at least one of each."""
     order = torch.randperm(len(auxiliary), generator=generator)
     held_out = min(max(1, round(validation_fraction * len(auxiliary))), len(auxiliary) - 1)
@@ -166,24 +219,46 @@ class _Course:
     best_error: float = float("inf")
     evaluations_since_best: int = 0
     interrupted: bool = False
-    history: dict[str, list] = field(default_factory=lambda: {"step": [], "training": [], "validation": []})
+    history: dict[str, list] = field(
+        default_factory=lambda: {"step": [], "training": [], "validation": []}
+    )
 
-    def evaluate(self, autoencoder: Autoencoder, step: int, losses: list[Tensor], validation: Tensor) -> None:
-        """Note the mean of the training losses since the last evaluation and the validation error; empties `losses`."""
+    def evaluate(
+        self, autoencoder: Autoencoder, step: int, losses: list[Tensor], validation: Tensor
+    ) -> None:
+        """Note the mean of the training losses since the last evaluation and the
+        validation error; empties `losses`.
+        """
         with torch.no_grad():
             error = nn.functional.mse_loss(autoencoder(validation), validation).item()
-        for name, value in {"step": step, "training": torch.stack(losses).mean().item(), "validation": error}.items():
+        for name, value in {
+            "step": step,
+            "training": torch.stack(losses).mean().item(),
+            "validation": error,
+        }.items():
             self.history[name].append(value)
         losses.clear()
         self.evaluations_since_best += 1
         if error < self.best_error:
-            self.best, self.best_error, self.evaluations_since_best = copy.deepcopy(autoencoder.state_dict()), error, 0
+            self.best, self.best_error, self.evaluations_since_best = (
+                copy.deepcopy(autoencoder.state_dict()),
+                error,
+                0,
+            )
 
 
-def _fit(autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator) -> _Course:
-    """Train in place, on the GPU if there is one, and end with the weights of the lowest validation error."""
+def _fit(
+    autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator
+) -> _Course:
+    """Train in place, on the GPU if there is one, and end with the weights of the
+    lowest validation error.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder, training, validation = autoencoder.to(device), training.to(device), validation.to(device)
+    autoencoder, training, validation = (
+        autoencoder.to(device),
+        training.to(device),
+        validation.to(device),
+    )
     course, losses, step = _Course(copy.deepcopy(autoencoder.state_dict())), [], 0
     batches = _batches(training, batch_size, generator)
     try:
@@ -198,16 +273,22 @@ def _fit(autoencoder, training, validation, steps, batch_size, learning_rate, pa
         if losses:
             course.evaluate(autoencoder, step, losses, validation)
     if step and not math.isfinite(course.best_error):
-        raise GipipError(f"The autoencoder's training diverged: its error is not finite after {step} steps. Use a smaller learning_rate.")
+        raise GipipError(
+            f"The autoencoder's training diverged: its error is not finite after {step} steps. Use a smaller learning_rate."
+        )
     autoencoder.load_state_dict(course.best)
     return course
 
 
-def _losses(autoencoder: Autoencoder, batches: Iterator[Tensor], steps: int, learning_rate: float) -> Iterator[Tensor]:
+def _losses(
+    autoencoder: Autoencoder, batches: Iterator[Tensor], steps: int, learning_rate: float
+) -> Iterator[Tensor]:
     """Take `steps` steps of Adam; gives each one's loss."""
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for batch in progress(itertools.islice(batches, steps), total=steps, description="autoencoder", unit="step"):
+    for batch in progress(
+        itertools.islice(batches, steps), total=steps, description="autoencoder", unit="step"
+    ):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(autoencoder(batch), batch)
         loss.backward()
@@ -219,4 +300,6 @@ def _losses(autoencoder: Autoencoder, batches: Iterator[Tensor], steps: int, lea
 def _batches(images: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Endless shuffled batches; a pass over the images ends with a smaller one if need be."""
     while True:
-        yield from images[torch.randperm(len(images), generator=generator).to(images.device)].split(batch_size)
+        yield from images[torch.randperm(len(images), generator=generator).to(images.device)].split(
+            batch_size
+        )

@@ -8,10 +8,12 @@ from gipip.files import DATA
 
 
 def published(chart: str) -> pd.DataFrame:
-    """The paper's SSIM over "batch size", "noise" (σ), "sparsity" or "epochs" (of training of the global model): a row for each bar.
+    """The paper's SSIM over "batch size", "noise" (σ), "sparsity" or "epochs" (of
+    training of the global model): a row for each bar.
 
-    Columns: the chart's name, `anomaly score` ("without", "with") and `ssim`. The bars were measured from the charts of Sun et al., GI-PIP,
-    ICASSP 2024: ImageNet 64×64, B = 1 where B is not the axis. Raises ValueError for any other chart.
+    Columns: the chart's name, `anomaly score` ("without", "with") and `ssim`. The bars
+    were measured from the charts of Sun et al., GI-PIP, ICASSP 2024: ImageNet 64×64, B
+    = 1 where B is not the axis. Raises ValueError for any other chart.
     """
     charts = json.loads((DATA / "published.json").read_text(encoding="utf-8"))["charts"]
     if chart not in charts:
@@ -21,5 +23,7 @@ def published(chart: str) -> pd.DataFrame:
 
 
 def published_psnr() -> float:
-    """The paper's headline in dB: GI-PIP's mean PSNR on ImageNet with auxiliary data worth 3.8 % of it."""
+    """The paper's headline in dB: GI-PIP's mean PSNR on ImageNet with auxiliary data
+    worth 3.8 % of it.
+    """
     return json.loads((DATA / "published.json").read_text(encoding="utf-8"))["psnr"]["value"]

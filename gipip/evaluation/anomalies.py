@@ -1,4 +1,6 @@
-"""Images that are not natural, in the ways in which reconstructions fail: what an anomaly score should tell from photographs."""
+"""Images that are not natural, in the ways in which reconstructions fail: what an
+anomaly score should tell from photographs.
+"""
 
 import torch
 from jaxtyping import Float
@@ -14,12 +16,17 @@ Images = Float[Tensor, "batch 3 height width"]
 def anomalies(images: Images, seed: int = 0) -> dict[str, Images]:
     """Four kinds of anomalous images in [0, 1], as many of each as there are `images`.
 
-    "noise": uniform; "shuffled": the image's pixels in random order; "blurred": Gaussian, σ = 1.5 pixels; "TV-smoothed": flattened by
-    total-variation denoising, as too large a λ_TV does.
+    "noise": uniform; "shuffled": the image's pixels in random order; "blurred":
+    Gaussian, σ = 1.5 pixels; "TV-smoothed": flattened by total-variation denoising, as
+    too large a λ_TV does.
     """
     generator = torch.Generator().manual_seed(seed)
     pixels = images.flatten(2)
-    orders = torch.rand(len(images), 1, pixels.shape[2], generator=generator).argsort(dim=2).expand_as(pixels)
+    orders = (
+        torch.rand(len(images), 1, pixels.shape[2], generator=generator)
+        .argsort(dim=2)
+        .expand_as(pixels)
+    )
     return {
         "noise": torch.rand(images.shape, generator=generator),
         "shuffled": pixels.gather(2, orders).view_as(images),
@@ -29,7 +36,9 @@ def anomalies(images: Images, seed: int = 0) -> dict[str, Images]:
 
 
 def smooth(images: Images, weight: float = 0.1, steps: int = 100) -> Images:
-    """Total-variation denoising: approximately argmin_x mean (x − images)² + weight·TV(x), by Adam in `steps` steps, in [0, 1]."""
+    """Total-variation denoising: approximately argmin_x mean (x − images)² +
+    weight·TV(x), by Adam in `steps` steps, in [0, 1].
+    """
     x = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.02)
     for _ in range(steps):
@@ -40,7 +49,9 @@ def smooth(images: Images, weight: float = 0.1, steps: int = 100) -> Images:
 
 
 def auroc(natural: Float[Tensor, "m"], anomalous: Float[Tensor, "n"]) -> float:
-    """Probability that a random anomalous image scores higher than a random natural one: 1 is perfect, 0.5 is chance."""
+    """Probability that a random anomalous image scores higher than a random natural
+    one: 1 is perfect, 0.5 is chance.
+    """
     scores = torch.cat([natural, anomalous])
     truth = torch.cat([torch.zeros(len(natural)), torch.ones(len(anomalous))]).long()
     # Only the order counts. Ranks lie far apart in [0, 1], where torchmetrics expects scores.

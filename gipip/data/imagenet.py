@@ -1,4 +1,6 @@
-"""Private photographs at 64 × 64 from your own copy of ImageNet, without those that the attacker owns."""
+"""Private photographs at 64 × 64 from your own copy of ImageNet, without those that the
+attacker owns.
+"""
 
 import hashlib
 import os
@@ -10,23 +12,27 @@ import numpy
 import torch
 from jaxtyping import UInt64
 
-from gipip.data import IMAGENET64_SAMPLE, require_apart, stratified_rows
-from gipip.download import cache_folder
+from gipip.data.datasets import IMAGENET64_SAMPLE, require_apart, stratified_rows
+from gipip.data.download import cache_folder
+from gipip.data.photographs import Photographs, list_folder, near, perceptual_hashes, read
 from gipip.errors import DataError
 from gipip.files import DATA, read_tensors, write_tensors
-from gipip.photographs import Photographs, list_folder, near, perceptual_hashes, read
 
 SIZE, CLASSES = 64, 1_000
 HASHES = DATA / "hashes-imagenet64.safetensors"
-"""Perceptual hashes of the images that the shipped priors for ImageNet at 64 × 64 were trained on."""
+"""Perceptual hashes of the images that the shipped priors for ImageNet at 64 × 64 were
+trained on.
+"""
 _TUNING_FRACTION = 0.1
 
 
 class Prepared(NamedTuple):
-    """A data set of private photographs: its name for `load_dataset` and `Scenario`, and how it came about.
+    """A data set of private photographs: its name for `load_dataset` and `Scenario`,
+    and how it came about.
 
-    `images`: photographs it holds. `excluded`: those left out because they are among the `compared` different photographs that the
-    attacker owns (the given folder's and those of the shipped priors).
+    `images`: photographs it holds. `excluded`: those left out because they are among
+    the `compared` different photographs that the attacker owns (the given folder's and
+    those of the shipped priors).
     """
 
     dataset: str
@@ -39,17 +45,24 @@ class Prepared(NamedTuple):
         return f"{self.dataset}: {self.images:,} photographs at {SIZE}×{SIZE}; {left_out}."
 
 
-def prepare_imagenet(private: Path | str | None = None, auxiliary: Path | str | None = None, limit: int = 1_000) -> Prepared:
-    """Make a data set of private photographs, once; its name says which files it was made of.
+def prepare_imagenet(
+    private: Path | str | None = None, auxiliary: Path | str | None = None, limit: int = 1_000
+) -> Prepared:
+    """Make a data set of private photographs, once; its name says which files it was
+    made of.
 
-    `private`, `auxiliary`: folders in the layout root/class/image, such as torchvision's ImageNet and Tiny ImageNet's training images; the
-    label is the rank of the class folder's name, as usual for ImageNet's 1,000. Of `private` at most `limit` photographs are taken, each
-    class in proportion, a tenth of them for tuning: the shorter side is scaled to 72 pixels, then the central 64 × 64 are kept. What shows
-    the same photograph as one of `auxiliary` or of the shipped priors' images is left out (perceptual hashes, see `gipip.photographs`).
+    `private`, `auxiliary`: folders in the layout root/class/image, such as
+    torchvision's ImageNet and Tiny ImageNet's training images; the label is the rank of
+    the class folder's name, as usual for ImageNet's 1,000. Of `private` at most `limit`
+    photographs are taken, each class in proportion, a tenth of them for tuning: the
+    shorter side is scaled to 72 pixels, then the central 64 × 64 are kept. What shows
+    the same photograph as one of `auxiliary` or of the shipped priors' images is left
+    out (perceptual hashes, see `gipip.photographs`).
 
-    A folder that is not given is looked for in $GIPIP_DATA, as `private` or `auxiliary`. Without private photographs this gives the 20
-    that ship. `private` may also be the file that was made before, perhaps on another machine. Raises DataError for folders that cannot
-    be used.
+    A folder that is not given is looked for in $GIPIP_DATA, as `private` or
+    `auxiliary`. Without private photographs this gives the 20 that ship. `private` may
+    also be the file that was made before, perhaps on another machine. Raises DataError
+    for folders that cannot be used.
     """
     private, auxiliary = _folder(private, "private"), _folder(auxiliary, "auxiliary")
     if private is None:
@@ -85,7 +98,9 @@ def _identity(private: Photographs, auxiliary: Photographs | None, limit: int) -
 
 def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit: int) -> None:
     if len(private.classes) > CLASSES:
-        raise DataError(f"{private.root} has {len(private.classes):,} class folders; the client's network knows {CLASSES:,}. Give fewer.")
+        raise DataError(
+            f"{private.root} has {len(private.classes):,} class folders; the client's network knows {CLASSES:,}. Give fewer."
+        )
     chosen = private[stratified_rows(torch.tensor(private.labels), private.names, "limit")[:limit]]
     chosen, pixels = read(chosen, SIZE)
     owned = numpy.unique(shipped_hashes())
@@ -96,12 +111,22 @@ def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit
     rows = [new[row] for row in stratified_rows(labels[new], chosen[new].names, "split:0")]
     tuning = round(_TUNING_FRACTION * len(rows))
     if not 0 < tuning < len(rows):
-        raise DataError(f"{private.root} holds {len(rows)} usable photographs: too few for a tuning and a private part. Give at least 10.")
+        raise DataError(
+            f"{private.root} holds {len(rows)} usable photographs: too few for a tuning and a private part. Give at least 10."
+        )
     tensors = {}
     for pool, part in {"tuning": rows[:tuning], "private": rows[tuning:]}.items():
         part = torch.tensor(sorted(part))
-        tensors |= {f"{pool}_images": pixels[part], f"{pool}_labels": labels[part], f"{pool}_indices": part}
-    write_tensors(path, tensors, {"images": len(rows), "excluded": len(chosen.paths) - len(rows), "compared": len(owned)})
+        tensors |= {
+            f"{pool}_images": pixels[part],
+            f"{pool}_labels": labels[part],
+            f"{pool}_indices": part,
+        }
+    write_tensors(
+        path,
+        tensors,
+        {"images": len(rows), "excluded": len(chosen.paths) - len(rows), "compared": len(owned)},
+    )
 
 
 def _described(path: Path) -> Prepared:
@@ -113,7 +138,9 @@ def _described(path: Path) -> Prepared:
 def _adopted(path: Path) -> Prepared:
     """A file made elsewhere, copied to the cache folder."""
     if not path.stem.startswith("imagenet64-"):
-        raise DataError(f"{path} is no data set made by gipip.prepare_imagenet, whose files are called imagenet64-….safetensors.")
+        raise DataError(
+            f"{path} is no data set made by gipip.prepare_imagenet, whose files are called imagenet64-….safetensors."
+        )
     prepared = _described(path)
     target = cache_folder() / path.name
     if not target.exists():
@@ -123,6 +150,8 @@ def _adopted(path: Path) -> Prepared:
 
 
 def shipped_hashes() -> UInt64[numpy.ndarray, "images"]:
-    """Perceptual hashes of all images that the shipped priors for ImageNet at 64 × 64 were trained on."""
+    """Perceptual hashes of all images that the shipped priors for ImageNet at 64 × 64
+    were trained on.
+    """
     tensors, _ = read_tensors(HASHES)
     return tensors["hashes"].numpy().view(numpy.uint64)

@@ -1,4 +1,6 @@
-"""Whole iterations as one GPU launch: thousands of small kernels cost more to launch than to run."""
+"""Whole iterations as one GPU launch: thousands of small kernels cost more to launch
+than to run.
+"""
 
 from collections.abc import Callable
 
@@ -8,9 +10,11 @@ _WARM_UP = 3  # eager calls before the capture: they create the optimiser's stat
 
 
 class Replay:
-    """`step`, captured as a CUDA graph at its fourth call and replayed from then on; every call is one step.
+    """`step`, captured as a CUDA graph at its fourth call and replayed from then on;
+    every call is one step.
 
-    `step` must do the same work on the same tensors each time, without looking at values on the CPU, and return the same tensors.
+    `step` must do the same work on the same tensors each time, without looking at
+    values on the CPU, and return the same tensors.
     """
 
     def __init__(self, step: Callable[[], dict[str, torch.Tensor]]):

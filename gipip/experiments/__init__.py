@@ -1,0 +1,1 @@
+"""Scenario × attack → Result, kept in a store; sweeps of them; tuning; claims."""
