@@ -273,3 +273,9 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
             "The model has no linear layer, from whose gradient labels are inferred. Share the labels: Client.share(batch, labels='given')."
         )
     return layers[-1]
+
+
+def mixes_images(network: nn.Module, mode: str) -> bool:
+    """Whether images meet in the network: BatchNorm in train mode or without running statistics."""
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return any(mode == "train" or layer.running_mean is None for layer in layers)
