@@ -3,17 +3,14 @@
 `import gipip` gives what the notebooks use; the README shows it in ten lines.
 """
 
-from gipip.attacks import (
-    ATTACKS,
-    DLG,
-    GIAS,
-    GIPIP,
-    Attack,
-    GradInversion,
-    InvertingGradients,
-    LatentSearch,
-    Reconstruction,
-)
+from gipip.attacks import ATTACKS
+from gipip.attacks.base import Attack
+from gipip.attacks.view import Reconstruction
+from gipip.attacks.dlg import DLG
+from gipip.attacks.gias import GIAS, LatentSearch
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.gradinversion import GradInversion
+from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.data.datasets import Dataset, LabeledImages, load_dataset
 from gipip.data.imagenet import Prepared, prepare_imagenet
 from gipip.evaluation.metrics import evaluate
