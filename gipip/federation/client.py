@@ -26,8 +26,6 @@ from gipip.federation.models import (
     trainable,
 )
 
-Gradients = tuple[Tensor, ...]
-
 
 class FedAvg(BaseModel):
     """Local training before a client shares (McMahan et al. 2017): `steps` of SGD with
@@ -56,7 +54,7 @@ def local_update(
     labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
     fedavg: FedAvg | None = None,
     create_graph: bool = False,
-) -> Gradients:
+) -> tuple[Tensor, ...]:
     """What a client computes, and an attacker simulates: the gradient of the mean
     cross-entropy with respect to `parameters`.
 
@@ -67,18 +65,15 @@ def local_update(
     inputs.
     """
 
-    def gradient(weights: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Gradients:
-        logits = functional_call(network, dict(weights), (inputs,))
+    def gradient(weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        loss = nn.functional.cross_entropy(functional_call(network, weights, (inputs,)), labels)
         return torch.autograd.grad(
-            nn.functional.cross_entropy(logits, labels),
-            tuple(weights.values()),
-            create_graph=create_graph,
-            materialize_grads=True,
+            loss, tuple(weights.values()), create_graph=create_graph, materialize_grads=True
         )
 
-    if fedavg is None:
-        return gradient(parameters, inputs, labels)
     current = dict(parameters)
+    if fedavg is None:
+        return gradient(current, inputs, labels)
     for step in range(fedavg.steps):
         rows = fedavg.rows(step, len(inputs))
         slopes = gradient(current, inputs[rows], labels[rows])
@@ -104,12 +99,10 @@ def batch_statistics(network: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]
         found.append((inputs[0].mean(dim=(0, 2, 3)), inputs[0].var(dim=(0, 2, 3), correction=0)))
 
     layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    handles = [layer.register_forward_pre_hook(collect) for layer in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(collect))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +123,7 @@ class SharedUpdate:
     gradients: tuple[Tensor, ...]
     parameter_names: tuple[str, ...]
     batch_size: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     labels: Int[Tensor, "batch"] | None
     mode: Mode
     model_fingerprint: str
@@ -150,8 +143,7 @@ class SharedUpdate:
             if found != expected:
                 raise UpdateError(
                     f"The update holds {found} where the model has {expected}: it is from another "
-                    "architecture, or not in the weights' type. Pass the model that the client "
-                    "trained, and the update as it was shared."
+                    "architecture or of another type. Pass the model that the client trained."
                 )
         for name, gradient in zip(self.parameter_names, self.gradients, strict=True):
             if not torch.isfinite(gradient).all():

@@ -33,15 +33,10 @@ class Private:
         """A copy of the model in the update's mode, the normalised images and their
         labels. DefenseError when they are missing or not those of `update`.
         """
-        if self.model is None or self.batch is None:
+        if self.model is None or self.batch is None or len(self.batch) != update.batch_size:
             raise DefenseError(
-                "This defence needs what the update was computed with: "
+                "This defence needs the model and the batch that the update was computed with: "
                 "defense(update, model=…, batch=…)."
-            )
-        if len(self.batch) != update.batch_size:
-            raise DefenseError(
-                f"This is a batch of {len(self.batch)}, but the update is of {update.batch_size}. "
-                "Pass the client's batch."
             )
         update.check(self.model)
         model = copy.deepcopy(self.model).train(update.mode == "train")

@@ -30,6 +30,9 @@ Mode = Literal["eval", "train"]
 class Normalize(nn.Module):
     """(x − mean) / std per channel: maps images in [0, 1] to the network's normalised space."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
