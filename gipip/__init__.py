@@ -26,9 +26,10 @@ from gipip.experiments.sweep import (
     sweep,
 )
 from gipip.explorer import explore
-from gipip.federation.client import Client, FedAvg, SharedUpdate, train_federated
+from gipip.federation.client import Client, FedAvg, SharedUpdate
 from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
 from gipip.federation.models import ClientModel, build_model, client_model, load_model
+from gipip.federation.training import train_federated
 from gipip.priors import (
     AnomalyScore,
     Autoencoder,
