@@ -81,7 +81,7 @@ class Attack(BaseModel):
     def require(self, update: SharedUpdate) -> None:
         """Raise a GipipError for an update that the attack cannot take."""
         if hasattr(self, "prior"):
-            getattr(self.prior, "check", print)(update.image_shape)
+            self.prior.check(update.image_shape)
 
     def known_labels(self, model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch"] | None:
         """The labels shared, else those inferred from the last layer; None to optimise them."""
@@ -126,7 +126,7 @@ class Attack(BaseModel):
             "BatchNorm": _RUNNING if update.mode == "eval" else _OF_THE_CANDIDATES,
             "local training": _LOCAL.format(update.fedavg.steps) if update.fedavg else _FEDSGD,
             "defence": ", then ".join(update.defenses) or "none",
-            "auxiliary data": _auxiliary_data(getattr(self, "prior", None)),
+            "auxiliary data": _about(self.prior) if hasattr(self, "prior") else "none",
         }
 
     # How it runs --------------------------------------------------------------------
@@ -234,7 +234,5 @@ class Attack(BaseModel):
         )
 
 
-def _auxiliary_data(prior) -> str:
-    if prior is None:
-        return "none"
+def _about(prior) -> str:
     return f"{prior.provenance.get('images', 'an unknown number of')} images"

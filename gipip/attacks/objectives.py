@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-class Gradients(Sequence[Tensor]):
+class Gradients(Sequence):
     """The gradient by all parameters of a model, a tensor each; for products one long vector."""
 
     def __init__(self, tensors: Iterable[Tensor]):

@@ -28,6 +28,7 @@ from gipip.federation.models import ClientModel, mixes_images
 
 _aten = torch.ops.aten
 _RECORDINGS: OrderedDict[Hashable, GraphModule] = OrderedDict()
+_NO_DERIVATIVE = {"aten.native_group_norm_backward.default"}
 _KEPT = 16  # recordings, each a list of operations without weights
 _TOLERANCE = 1e-2  # of the gradient's norm: rounding moves it by far less, another function by more
 
@@ -76,7 +77,7 @@ class Traced(ClientGradient):
             key = (kind, self.fedavg, _structure(self.network))
             recording = _RECORDINGS.get(key)
             if recording is None or not self._agrees(recording, images, labels):
-                recording = _RECORDINGS[key] = self._record(images, labels)
+                recording = _RECORDINGS[key] = self._record_differentiable(images, labels)
                 if not self._agrees(recording, images, labels):
                     raise _NotRecorded("a recording of its operations gives another gradient")
             self.recordings[kind] = recording
@@ -85,7 +86,16 @@ class Traced(ClientGradient):
                 _RECORDINGS.popitem(last=False)
         return self.recordings[kind]
 
-    def _record(self, images: Tensor, labels: Tensor) -> GraphModule:
+    def _record_differentiable(self, images: Tensor, labels: Tensor) -> GraphModule:
+        """Of the kernels that PyTorch takes for a first derivative, unless one of them has no
+        derivative itself (group normalisation's): then of those it takes for a second.
+        """
+        recording = self._record(images, labels, create_graph=False)
+        if not any(str(node.target) in _NO_DERIVATIVE for node in recording.graph.nodes):
+            return recording
+        return self._record(images, labels, create_graph=True)
+
+    def _record(self, images: Tensor, labels: Tensor, create_graph: bool) -> GraphModule:
         """`local_update` for any images, labels, parameters and all else that the network holds."""
 
         def update(images: Tensor, labels: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
@@ -93,7 +103,7 @@ class Traced(ClientGradient):
             network = _Holding(self.network, dict(zip(self.fixed, constants[count:], strict=True)))
             weights = (weight.detach().requires_grad_() for weight in constants[:count])
             parameters = dict(zip(map(network.name_of, self.parameters), weights, strict=True))
-            return local_update(network, parameters, images, labels, self.fedavg)
+            return local_update(network, parameters, images, labels, self.fedavg, create_graph)
 
         plain = [tensor.detach().contiguous() for tensor in (images, labels, *self.constants)]
         try:
