@@ -12,6 +12,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,7 +163,7 @@ def test_classes_that_a_pool_has_no_image_of_are_refused(classes):
 
 def test_a_batch_of_more_distinct_labels_than_classes_says_what_is_possible():
     with pytest.raises(
-        BatchSizeError, match="Ask for 1 to 4, a whole number; with distinct_labels=False up to"
+        BatchSizeError, match="Ask for 1 to 4, .*distinct_labels=False"
     ):
         SAMPLE.restricted(VEHICLES).private(batch_size=5)
 
@@ -784,18 +786,15 @@ def test_a_file_name_that_is_no_text_is_read_like_any_other(tmp_path):
     assert sum(map(len, pools(dataset))) == 10
 
 
-# What is not CIFAR-10, and what is no batch ----------------------------------------------------------
+# What is not CIFAR-10, and what is no batch ----------------------------------------
 
 
 def test_a_file_with_a_right_checksum_of_its_own_is_not_taken_for_cifar10(tmp_path, monkeypatch):
     monkeypatch.setenv("GIPIP_CACHE", str(tmp_path))
-    black = {
-        "images": torch.zeros(60, 3, 32, 32, dtype=torch.uint8),
-        "labels": torch.arange(60) % 10,
-    }
-    tensors = {
-        f"{part}_{name}": value for part in ("train", "test") for name, value in black.items()
-    }
+    tensors = {}
+    for part in ("train", "test"):
+        tensors[f"{part}_images"] = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
+        tensors[f"{part}_labels"] = torch.arange(60) % 10
     write_tensors(tmp_path / "cifar10.safetensors", tensors, {"sha256": download.CIFAR10_SHA256})
     with pytest.raises(DamagedFileError, match="is not CIFAR-10"):
         load_dataset("cifar10", full=True)
