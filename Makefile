@@ -19,10 +19,12 @@ help: ## list the targets
 reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figures/
 	$(BIN)/gipip reproduce --profile cpu
 
-test: $(READY) ## unit and property tests, then every committed notebook through nbval
-	$(BIN)/ruff check gipip tests benchmarks
-	$(BIN)/python -m pytest tests
-	GIPIP_HEADLESS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
+test: $(READY) ## style, types, unit and property tests, then every committed notebook through nbval
+	$(BIN)/ruff check gipip tests benchmarks data
+	$(BIN)/ruff format --check gipip tests benchmarks data
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 tests
+	GIPIP_HEADLESS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_quickstart.ipynb

@@ -1,10 +1,9 @@
 """What an iteration of an attack costs, in forward and backward passes of the client on
 the same batch, for each engine.
 
-python benchmarks/iteration.py                      # about five minutes on one core of
-a quiet machine
-    python benchmarks/iteration.py --device cuda        # on an NVIDIA GPU, where "cudagraph" is measured too
-python benchmarks/iteration.py --models lenet --iterations 5      # does it work at all?
+    python benchmarks/iteration.py                                   # minutes on a quiet core
+    python benchmarks/iteration.py --device cuda                     # on a GPU, with "cudagraph"
+    python benchmarks/iteration.py --models lenet --iterations 5     # does it work at all?
 
 After every iteration the client's own forward and backward pass is timed, so that both
 see the same moment of a busy machine. Where all gradients are formed the arithmetic
@@ -25,7 +24,7 @@ from gipip.federation.client import local_update
 from gipip.federation.models import trainable
 from gipip.progress import quiet
 
-WARM_UP = 5  # iterations that record, compile or capture
+WARM_UP = 5  # iterations that record or capture
 
 
 def passes(model: gipip.ClientModel, batch: gipip.LabeledImages, device: str):
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--engines",
         nargs="+",
-        help="eager, traced, compiled, cudagraph (by default those that the device has)",
+        help="eager, traced, cudagraph (by default those that the device has)",
     )
     parser.add_argument("--attacks", nargs="+", default=["IG", "GIPIP"], choices=["IG", "GIPIP"])
     parser.add_argument("--iterations", type=int, default=40)
@@ -106,7 +105,6 @@ def main() -> None:
     engines = arguments.engines or [
         "eager",
         "traced",
-        "compiled",
         *(["cudagraph"] if arguments.device == "cuda" else []),
     ]
     data, prior = gipip.load_dataset("cifar10"), gipip.load_prior()

@@ -1,5 +1,5 @@
-"""Writes what the benchmarks measured into the README and draws
-figures/benchmark_quality: python benchmarks/report.py
+"""Writes what the benchmarks measured into docs/engines.md, and draws figures/benchmark_quality:
+python benchmarks/report.py
 """
 
 import json
@@ -14,103 +14,56 @@ from reports import RESULTS, read_rows
 from gipip.figures import LABELS, PAGE, save_figure, use_style
 
 ROOT = Path(__file__).parent.parent
+PAGE_OF_ENGINES = ROOT / "docs" / "engines.md"
 SECTION = re.compile(
-    r"(?<=^<!-- benchmarks: written by benchmarks/report.py -->\n).*?(?=^<!-- end of benchmarks -->$)",
+    r"(?<=^<!-- benchmarks: written by benchmarks/report.py -->\n)"
+    r".*?(?=^<!-- end of benchmarks -->$)",
     re.DOTALL | re.MULTILINE,
 )
+ENGINES = ("eager", "traced", "cudagraph")
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(columns)} |",
-        "|" + "---|" * len(columns),
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
 
 
 def iterations() -> list[str]:
-    frame = pd.DataFrame(read_rows("iteration"))
+    about = ["machine", "model", "batch size", "attack"]
     rows = []
-    for (machine, model, size, attack), part in frame.groupby(
-        ["machine", "model", "batch size", "attack"], sort=False
+    for (machine, model, size, attack), part in pd.DataFrame(read_rows("iteration")).groupby(
+        about, sort=False
     ):
-        cells = part.set_index("engine")
-        found = [
-            f"{row['passes']:.2f} [{row['passes low']:.2f}, {row['passes high']:.2f}]"
-            for _, row in cells.iterrows()
-        ]
-        by_engine = dict(zip(cells.index, found, strict=True))
-        about = [machine, model, str(size), f"{part['pass ms'].median():.0f} ms", attack]
-        rows.append(
-            [
-                *about,
-                *(
-                    by_engine.get(engine, "")
-                    for engine in ("eager", "traced", "compiled", "cudagraph")
-                ),
-                part["date"].max(),
-            ]
-        )
+        by_engine = {row["engine"]: passes(row) for _, row in part.iterrows()}
+        measured = [by_engine.get(engine, "") for engine in ENGINES]
+        a_pass = f"{part['pass ms'].median():.0f} ms"
+        rows.append([machine, model, str(size), a_pass, attack, *measured, part["date"].max()])
+    columns = ["machine", "network", "B", "a pass", "attack", *ENGINES, "date"]
     text = (
-        "**An iteration** in forward and backward passes of the client, timed in turn (medians and quartiles; the arithmetic needs 2.33 "
-        "where all gradients are formed):"
+        "**An iteration** in forward and backward passes of the client, timed in turn (medians and "
+        "quartiles; the arithmetic needs 2.33 where all gradients are formed):"
     )
-    return [
-        text,
-        "",
-        *table(
-            [
-                "machine",
-                "network",
-                "B",
-                "a pass",
-                "attack",
-                "eager",
-                "traced",
-                "compiled",
-                "cudagraph",
-                "date",
-            ],
-            rows,
-        ),
-    ]
+    return [text, "", *table(columns, rows)]
+
+
+def passes(row: pd.Series) -> str:
+    return f"{row['passes']:.2f} [{row['passes low']:.2f}, {row['passes high']:.2f}]"
 
 
 def memory() -> list[str]:
-    rows = [
-        [
-            row["machine"],
-            f"{row['model']}, B = {row['batch size']}, {row['image size']}×{row['image size']}",
-            row["engine"],
-        ]
-        + [
-            str(row["chunk size"]),
-            f"{row['peak GiB']:.1f} GiB",
-            f"{row['seconds an iteration']:.0f} s",
-            row["date"],
-        ]
-        for row in read_rows("memory")
-    ]
-    text = "**Memory** of an attack at its peak, beyond that of the process before, for the gradient taken from so many images at a time:"
-    return [
-        text,
-        "",
-        *table(["machine", "attack", "engine", "at a time", "peak", "an iteration", "date"], rows),
-    ]
-
-
-def together() -> list[str]:
-    rows = [
-        [row["machine"], row["model"], str(row["batch size"]), str(row["attacks"])]
-        + [
-            f"{row['speed-up']:.2f} [{row['speed-up low']:.2f}, {row['speed-up high']:.2f}]",
-            row["date"],
-        ]
-        for row in read_rows("together")
-    ]
-    text = "**Several attacks at once** in one process (`attack.many`), against one after another; median and range of the repetitions:"
-    return [text, "", *table(["machine", "network", "B", "attacks", "times as fast", "date"], rows)]
+    columns = ["machine", "attack", "engine", "at a time", "peak", "an iteration", "date"]
+    rows = []
+    for row in read_rows("memory"):
+        size = f"{row['image size']}×{row['image size']}"
+        attack = f"{row['model']}, B = {row['batch size']}, {size}"
+        peak, time = f"{row['peak GiB']:.1f} GiB", f"{row['seconds an iteration']:.0f} s"
+        at_once = str(row["chunk size"])
+        rows.append([row["machine"], attack, row["engine"], at_once, peak, time, row["date"]])
+    text = (
+        "**Memory** of an attack at its peak, beyond that of the process before, for the gradient "
+        "taken from so many images at a time:"
+    )
+    return [text, "", *table(columns, rows)]
 
 
 def scale_out() -> list[str]:
@@ -120,55 +73,67 @@ def scale_out() -> list[str]:
     measured = json.loads(path.read_text())
     low, middle, high = (measured["efficiency"][name] for name in ("minimum", "median", "maximum"))
     return [
-        f"**Two workers** on two cores do {middle:.0%} [{low:.0%}, {high:.0%}] of twice one worker's work (median and range of "
-        f"{len(measured['repetitions'])} repetitions; {measured['machine']}, {measured['date']}).",
+        f"**Two workers** on two cores do {middle:.0%} [{low:.0%}, {high:.0%}] of twice one "
+        f"worker's work (median and range of {len(measured['repetitions'])} repetitions; "
+        f"{measured['machine']}, {measured['date']}).",
         "",
     ]
 
 
 def quality() -> list[str]:
-    """Draws the course of PSNR over time, and gives a table of where each attack ends."""
+    """A table of where each attack ends."""
     frame = pd.DataFrame(read_rows("quality"))
-    use_style()
-    figure, axes = plt.subplots(figsize=(PAGE, 3.2), layout="constrained")
-    mean = frame.groupby(["arm", "iteration"], sort=False)[["seconds", "psnr"]].mean().reset_index()
-    for color, (arm, part) in zip(
-        seaborn.color_palette(), mean.groupby("arm", sort=False), strict=False
-    ):
-        marker = "o" if arm.endswith("gipip") else ""
-        axes.plot(
-            part["seconds"], part["psnr"], color=color, marker=marker, markersize=4, label=arm
-        )
-    images = frame["seed"].nunique()
-    axes.set(xlabel="seconds on one CPU thread", ylabel=LABELS["psnr"], xscale="log")
-    axes.set_title(
-        f"mean of {images} private images, B = 1, untrained {frame['model'].iloc[0]}; points: whole attacks",
-        fontsize=7,
-    )
-    axes.legend(fontsize=7)
-    save_figure("benchmark_quality", figure, mean, ROOT / "figures")
-    last = (
-        mean.loc[mean.groupby("arm", sort=False)["iteration"].idxmax()] if not mean.empty else mean
-    )
+    mean = courses(frame)
+    last = mean.loc[mean.groupby("arm", sort=False)["iteration"].idxmax()]
     released = last[last["arm"].str.endswith("as released")]
-    ours = mean[mean["arm"].str.endswith("gipip")]
-    ends = pd.concat([released, ours]).itertuples()
+    ends = pd.concat([released, mean[mean["arm"].str.endswith("gipip")]])
     rows = [
         [row.arm, f"{row.iteration:,}", f"{row.seconds:.1f} s", f"{row.psnr:.2f} dB"]
-        for row in ends
+        for row in ends.itertuples()
     ]
     text = (
-        f"**Quality in time**: single CIFAR-10 images, untrained {frame['model'].iloc[0]}, mean of {images} private images, one thread "
-        f"({frame['machine'].iloc[0]}, {frame['date'].max()}). The released attacks run with the public implementations' double backward."
+        f"**Quality in time**: single CIFAR-10 images, untrained {frame['model'].iloc[0]}, mean of "
+        f"{frame['seed'].nunique()} private images, one thread ({frame['machine'].iloc[0]}, "
+        f"{frame['date'].max()}). The released attacks run with the public implementations' double "
+        "backward."
     )
-    picture = "![PSNR against seconds](figures/benchmark_quality.png)"
+    picture = "![PSNR against seconds](../figures/benchmark_quality.png)"
     return [text, "", picture, "", *table(["attack", "iterations", "time", "PSNR"], rows)]
 
 
+def courses(frame: pd.DataFrame) -> pd.DataFrame:
+    """The mean course of PSNR over time, a row for each arm and iteration."""
+    return frame.groupby(["arm", "iteration"], sort=False)[["seconds", "psnr"]].mean().reset_index()
+
+
+def draw_quality(folder: Path) -> None:
+    """The course of PSNR over time, as figures/benchmark_quality."""
+    frame = pd.DataFrame(read_rows("quality"))
+    mean = courses(frame)
+    use_style()
+    figure, axes = plt.subplots(figsize=(PAGE, 3.2), layout="constrained")
+    colors = seaborn.color_palette()
+    for color, (arm, part) in zip(colors, mean.groupby("arm", sort=False), strict=False):
+        marker = "o" if arm.endswith("gipip") else ""
+        style = {"color": color, "marker": marker, "markersize": 4}
+        axes.plot(part["seconds"], part["psnr"], label=arm, **style)
+    axes.set(xlabel="seconds on one CPU thread", ylabel=LABELS["psnr"], xscale="log")
+    images, model = frame["seed"].nunique(), frame["model"].iloc[0]
+    title = f"mean of {images} private images, B = 1, untrained {model}; points: whole attacks"
+    axes.set_title(title, fontsize=7)
+    axes.legend(fontsize=7)
+    save_figure("benchmark_quality", figure, mean, folder)
+
+
+def section() -> str:
+    """What stands between the markers."""
+    return "\n".join(["", *iterations(), *quality(), *memory(), *scale_out()])
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    lines = ["", *iterations(), *quality(), *together(), *memory(), *scale_out()]
-    readme.write_text(SECTION.sub(lambda _: "\n".join(lines), readme.read_text(), count=1))
+    draw_quality(ROOT / "figures")
+    text = PAGE_OF_ENGINES.read_text()
+    PAGE_OF_ENGINES.write_text(SECTION.sub(lambda _: section(), text, count=1))
 
 
 if __name__ == "__main__":

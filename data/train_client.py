@@ -13,16 +13,23 @@ folder: with ResNet18 and the same epochs it takes a GPU. `--epochs 0 2 5 10` fo
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from gipip.data.datasets import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset, stratified
 from gipip.data.download import cache_folder
 from gipip.data.imagenet import CLASSES, SIZE
 from gipip.experiments.sweep import provenance
-from gipip.federation.models import accuracy, build_model, train_client
+from gipip.federation.models import ClientModel, build_model, trainable
+from gipip.federation.training import accuracy
 from gipip.files import DATA, write_tensors
+from gipip.progress import progress
+
+BATCH = 128
 
 
 def main() -> None:
@@ -91,22 +98,55 @@ def train(
     torch.set_num_threads(1)
     model = build_model(about["model"], about["num_classes"], **about["input"]).to(device)
     tensors, about = {}, about | {"accuracy": {}, "loss": {}}
-    started, losses = time.perf_counter(), train_client(model, training, epochs=max(epochs))
+    started, losses = time.perf_counter(), epoch_by_epoch(model, training, max(epochs))
     for epoch in range(max(epochs) + 1):
         loss = next(losses) if epoch else None
         if epoch in epochs:
-            tensors |= {
-                f"{epoch}/{name}": value.contiguous().clone()
-                for name, value in model.state_dict().items()
-            }
-            about["accuracy"][str(epoch)], about["loss"][str(epoch)] = accuracy(model, test), loss
+            for name, value in model.state_dict().items():
+                tensors[f"{epoch}/{name}"] = value.contiguous().clone()
+            about["accuracy"][str(epoch)] = accuracy(model, test)
+            about["loss"][str(epoch)] = loss
             about["minutes"] = round((time.perf_counter() - started) / 60, 1)
-            print(
-                f"epoch {epoch}: loss {loss}, accuracy {about['accuracy'][str(epoch)]:.4f}",
-                flush=True,
-            )
+            right = about["accuracy"][str(epoch)]
+            print(f"epoch {epoch}: loss {loss}, accuracy {right:.4f}", flush=True)
             write_tensors(target, tensors, about)
     return target
+
+
+def epoch_by_epoch(model: ClientModel, images: LabeledImages, epochs: int) -> Iterator[float]:
+    """Train in place, as a server's global model is: gives the mean training loss after
+    each epoch, with the model in eval mode. The same images give the same weights.
+
+    SGD with momentum 0.9 and weight decay 5e-4 on batches of 128, learning rate falling
+    from 0.05 to zero along a cosine, random horizontal flips.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    steps = len(images) // BATCH
+    schedule = CosineAnnealingLR(optimizer, epochs * steps)
+    for epoch in range(epochs):
+        model.train()
+        losses = []
+        batches = torch.randperm(len(images), generator=generator).split(BATCH)[:steps]
+        for rows in progress(batches, description=f"epoch {epoch + 1}/{epochs}"):
+            optimizer.zero_grad()
+            loss = _loss(model, images[rows], generator)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+        model.eval()
+        yield torch.stack(losses).mean().item()
+
+
+def _loss(model: ClientModel, batch: LabeledImages, generator: torch.Generator) -> Tensor:
+    """Of the batch, each image flipped or not."""
+    flips = torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5
+    images = torch.where(flips, batch.images.flip(3), batch.images)
+    device = next(model.parameters()).device
+    logits = model(images.to(device, memory_format=torch.channels_last))
+    return nn.functional.cross_entropy(logits, batch.labels.to(device))
 
 
 if __name__ == "__main__":

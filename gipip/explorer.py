@@ -15,7 +15,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from gipip.attacks import DLG, GIPIP, Attack, InvertingGradients, Reconstruction
+from gipip.attacks.base import Attack
+from gipip.attacks.view import Reconstruction
+from gipip.attacks.dlg import DLG
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.data.datasets import Dataset, LabeledImages
 from gipip.evaluation.metrics import match, psnr, ssim
 from gipip.federation.client import Client

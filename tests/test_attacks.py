@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from gipip.attacks import ATTACKS, DLG, GIPIP, InvertingGradients
+from gipip.attacks import ATTACKS
+from gipip.attacks.dlg import DLG
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.attacks.view import View
 from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import BatchSizeError, DataError, LabelError, UpdateError
 from gipip.evaluation.metrics import psnr
@@ -102,9 +106,7 @@ def test_an_attack_works_on_a_client_that_trains_locally_and_knows_how(tiny):
     )
 
 
-def test_the_assumptions_name_the_defences_in_their_order_and_whether_only_non_zero_entries_are_matched(
-    tiny,
-):
+def test_the_assumptions_name_the_defences_in_their_order_and_what_is_matched(tiny):
     model, update, batch = tiny
     defended = Client(model).share(
         batch, defenses=[Sparsification(sparsity=0.5), Clipping(max_norm=1)]
@@ -178,7 +180,7 @@ def test_history_ends_with_the_cost_of_the_returned_images(tiny):
     model, update, _ = tiny
     attack = InvertingGradients(iterations=23)
     result = attack(model, update)
-    view = attack._view(model, update)
+    view = View.of(model, update)
     terms = attack.terms(view, {"images": model.normalize(result.images)})
     assert sum(terms.values()).item() == pytest.approx(result.cost, abs=1e-4)
 
@@ -207,7 +209,7 @@ def test_every_iterate_stays_in_the_box(tiny):
     class Watched(InvertingGradients):
         def project(self, view, variables):
             super().project(view, variables)
-            x = view.normalize.inverse(variables["images"])
+            x = view.model.normalize.inverse(variables["images"])
             extremes.append((x.min().item(), x.max().item()))
 
     Watched(iterations=30, learning_rate=5.0)(model, update)
@@ -237,7 +239,7 @@ def test_the_last_iterate_or_the_one_of_lowest_cost_is_returned_as_asked(tiny):
 
 def test_the_restart_of_lowest_cost_is_returned(tiny):
     single = [InvertingGradients(iterations=10, seed=seed)(*tiny[:2]) for seed in (5, 6, 7)]
-    together = InvertingGradients(iterations=10, seed=5, restarts=3)(*tiny[:2], together=1)
+    together = InvertingGradients(iterations=10, seed=5, restarts=3)(*tiny[:2])
     assert together.restart_costs == tuple(result.cost for result in single)
     best = min(single, key=lambda result: result.cost)
     assert together.cost == best.cost and torch.equal(together.images, best.images)
@@ -338,9 +340,7 @@ def test_stopping_gives_back_what_there_is_and_starts_no_further_restart(tiny, s
         if iteration == 8:
             raise stop
 
-    result = InvertingGradients(iterations=100, restarts=3)(
-        *tiny[:2], together=1, watch=watch, watch_every=4
-    )
+    result = InvertingGradients(iterations=100, restarts=3)(*tiny[:2], watch=watch, watch_every=4)
     assert torch.equal(result.images, seen[-1]) and len(result.restart_costs) == 1
     assert len(result.history["total variation"]) == 9
     assert result.notes == ("stopped by the user after 8 of 100 iterations",)
@@ -404,7 +404,7 @@ def test_a_restart_that_fails_loses_against_one_that_does_not(tiny):
             return {name: term * float("nan") if failed else term for name, term in terms.items()}
 
     with pytest.warns(UserWarning, match="not finite"):
-        result = FailsFirst(iterations=5, restarts=2)(*tiny[:2], together=1)
+        result = FailsFirst(iterations=5, restarts=2)(*tiny[:2])
     assert result.restart_costs[0] == float("inf") and result.cost == result.restart_costs[1] < 2
 
 
@@ -495,10 +495,11 @@ def test_an_attack_survives_json_and_names_its_prior_by_fingerprint(prior):
         if isinstance(attack, GIPIP):
             assert dumped["prior"] == prior.fingerprint
             dumped["prior"] = prior
-        assert ATTACKS[type(attack).__name__](**dumped) == attack
+        assert ATTACKS[attack.name](**dumped) == attack
 
 
-RELEASED = {  # reference-facts: data set, batch size → λ_TV, λ_AS; then iterations, the baseline's λ_TV and the offset c
+# Data set, batch size → λ_TV, λ_AS; then iterations, the baseline's λ_TV and the offset c.
+RELEASED = {
     ("cifar10", 1): (1e-6, 1e-6),
     ("cifar10", 4): (1e-5, 1e-4),
     ("cifar10", 8): (5e-4, 5e-4),

@@ -10,10 +10,10 @@ import pytest
 from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, paired_difference
 from gipip.experiments.claims import Claim, collect_claims, save_claims, write_readme_section
-from gipip.reproduce import notebooks_folder
 
 START, END = "<!-- claims: written by make reproduce -->", "<!-- end of claims -->"
 HELPS = Interval(0.1 + 0.2, 1 / 3, 2 / 3, 6)
+UNCERTAIN = Interval(0.1, -0.2, 0.4, 8)
 
 
 def a_claim(
@@ -37,6 +37,15 @@ def readme(tmp_path):
     path.write_text(
         f"# Title\n\nbefore\n\n{START}\nwritten later\n{END}\n\nafter\n", encoding="utf-8"
     )
+    return path
+
+
+@pytest.fixture
+def page(tmp_path):
+    """docs/claims.md beside the README."""
+    path = tmp_path / "docs" / "claims.md"
+    path.parent.mkdir()
+    path.write_text(f"# Claims\n{START}\n{END}\n", encoding="utf-8")
     return path
 
 
@@ -108,7 +117,7 @@ def test_the_table_shown_is_the_table_collected(tmp_path):
             [a_claim(), a_claim(metric="ssim"), a_claim(images=8)],
             "the same twice: GIPIP − IG, B = 4 by psnr",
         ),
-        ("ablations", [a_claim()], "would not be collected"),
+        ("ablations", [a_claim()], "no notebook's name"),
     ],
 )
 def test_what_cannot_be_judged_once_and_collected_is_refused(name, claims, message, tmp_path):
@@ -164,7 +173,32 @@ def test_a_file_that_is_no_table_of_claims_is_named(tmp_path, text):
         collect_claims(tmp_path)
 
 
-def test_the_readme_shows_each_claim_with_its_differences_in_their_units(tmp_path, readme):
+def test_the_readme_counts_the_verdicts_of_each_claim(tmp_path, readme):
+    claims = [a_claim(), a_claim(metric="ssim"), a_claim(compared="b", difference=UNCERTAIN)]
+    claims += [a_claim("2 Survives", difference=UNCERTAIN)]
+    assert write_readme_section(readme, save_claims("02_inversion", claims, tmp_path))
+    assert readme.read_text(encoding="utf-8") == "\n".join(
+        [
+            "# Title",
+            "",
+            "before",
+            "",
+            START,
+            "",
+            "| claim | supported | not supported | undecided at this scale |",
+            "| --- | --- | --- | --- |",
+            "| 1 The score helps | 2 | 0 | 1 |",
+            "| 2 Survives | 0 | 0 | 1 |",
+            "",
+            END,
+            "",
+            "after",
+            "",
+        ]
+    )
+
+
+def test_the_page_of_claims_shows_every_difference_in_its_unit(tmp_path, readme, page):
     claims = [
         a_claim(difference=Interval(1.567, 0.484, 2.766, 6)),
         a_claim(
@@ -179,59 +213,46 @@ def test_the_readme_shows_each_claim_with_its_differences_in_their_units(tmp_pat
             difference=Interval(0.25, math.nan, math.nan, 1),
         ),
     ]
-    assert write_readme_section(readme, save_claims("02_inversion", claims, tmp_path))
-    assert readme.read_text(encoding="utf-8") == "\n".join(
-        [
-            "# Title",
-            "",
-            "before",
-            "",
-            START,
-            "",
-            "**1 The score helps.** Comparisons: 2; 1 undecided at this scale, 1 supported.",
-            "",
-            "<details><summary>The comparisons</summary>",
-            "",
-            "| compared | metric | images / batches | difference | verdict |",
-            "|---|---|---|---|---|",
-            "| GIPIP − IG, B = 4 | psnr | 24 / 6 | +1.57 [+0.48, +2.77] dB | supported |",
-            "| IG − GIPIP, \\|ΔW\\| = 1 | lpips | 24 / 8 | −0.020 [−0.044, +0.001] | undecided at this scale |",
-            "",
-            "</details>",
-            "",
-            "**2 Survives.** Comparisons: 1; 1 undecided at this scale.",
-            "",
-            "<details><summary>The comparisons</summary>",
-            "",
-            "| compared | metric | images / batches | difference | verdict |",
-            "|---|---|---|---|---|",
-            "| GIPIP − IG, B = 4 | accuracy | 4 / 1 | +0.250 (no interval) | undecided at this scale |",
-            "",
-            "</details>",
-            "",
-            END,
-            "",
-            "after",
-            "",
-        ]
-    )
+    write_readme_section(readme, save_claims("02_inversion", claims, tmp_path))
+    header = [
+        "| compared | metric | images | batches | difference | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    assert page.read_text(encoding="utf-8").splitlines() == [
+        "# Claims",
+        START,
+        "",
+        "## 1 The score helps",
+        "",
+        *header,
+        "| GIPIP − IG, B = 4 | psnr | 24 | 6 | +1.57 [+0.48, +2.77] dB | supported |",
+        "| IG − GIPIP, \\|ΔW\\| = 1 | lpips | 24 | 8 | −0.020 [−0.044, +0.001] "
+        "| undecided at this scale |",
+        "",
+        "## 2 Survives",
+        "",
+        *header,
+        "| GIPIP − IG, B = 4 | accuracy | 4 | 1 | +0.250 (no interval) | undecided at this scale |",
+        "",
+        END,
+    ]
 
 
-def test_writing_the_same_table_again_gives_the_same_bytes(tmp_path, readme):
-    table = save_claims(
-        "02_inversion", [a_claim(compared=r"a \1 \g<0>"), a_claim(compared=f"{START} b")], tmp_path
-    )
+def test_writing_the_same_table_again_gives_the_same_bytes(tmp_path, readme, page):
+    claims = [a_claim(compared=r"a \1 \g<0>"), a_claim(compared=f"{START} b")]
+    table = save_claims("02_inversion", claims, tmp_path)
     write_readme_section(readme, table)
-    first = readme.read_bytes()
+    first = readme.read_bytes(), page.read_bytes()
     assert write_readme_section(readme, collect_claims(tmp_path))
-    assert readme.read_bytes() == first
+    assert (readme.read_bytes(), page.read_bytes()) == first
 
 
-def test_a_new_table_replaces_the_old_one(tmp_path, readme):
+def test_a_new_table_replaces_the_old_one(tmp_path, readme, page):
     write_readme_section(readme, save_claims("02_inversion", [a_claim(compared="old")], tmp_path))
     write_readme_section(readme, save_claims("02_inversion", [a_claim(compared="new")], tmp_path))
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert "| new |" in text and "| old |" not in text
+    text = readme.read_text(encoding="utf-8")
     assert text.startswith("# Title\n\nbefore\n") and text.endswith("\n\nafter\n")
 
 
@@ -244,9 +265,3 @@ def test_a_readme_without_the_two_lines_is_left_alone(tmp_path, text):
         readme.write_text(text)
     assert not write_readme_section(readme, save_claims("02_inversion", [a_claim()], tmp_path))
     assert (readme.read_text() if readme.exists() else None) == text
-
-
-def test_the_readme_of_this_checkout_has_a_place_for_the_claims(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_bytes((notebooks_folder().parent / "README.md").read_bytes())
-    assert write_readme_section(readme, save_claims("02_inversion", [a_claim()], tmp_path))

@@ -3,6 +3,7 @@ numbers.
 """
 
 import math
+import sys
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_soteria_leaves_the_clients_model_as_it_was(mode):
         == 2
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not model.training and not model.network[-1]._forward_pre_hooks
+    assert not model.training
 
 
 def test_dpsgd_that_neither_clips_nor_adds_noise_gives_the_plain_gradient(lenet, batch):
@@ -297,11 +298,28 @@ def test_epsilon_falls_with_noise_and_rises_with_steps_and_sampling_rate():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"sample_rate": 0}, {"sample_rate": 1.5}, {"delta": 1.0}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"steps": math.nan},
+        {"steps": math.inf},
+        {"sample_rate": 0},
+        {"sample_rate": 1.5},
+        {"delta": 1.0},
+        {"delta": math.nan},
+    ],
+    ids=str,
 )
+@pytest.mark.usefixtures("unchecked")
 def test_epsilon_says_which_values_it_takes(wrong):
     with pytest.raises(DefenseError, match=f"{next(iter(wrong))}=.*Expected steps ≥ 1"):
         DP.epsilon(**({"steps": 1, "sample_rate": 0.1} | wrong))
+
+
+def test_epsilon_without_opacus_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opacus.accountants", None)  # as if it were not there
+    with pytest.raises(DefenseError, match=r'pip install "gipip\[dp\]"'):
+        DP.epsilon(steps=1, sample_rate=0.1)
 
 
 def test_the_order_of_defences_matters_and_is_recorded():
@@ -340,24 +358,58 @@ def test_any_defence_survives_json(defenses):
 @pytest.mark.parametrize("defense", [SOTERIA, DP], ids=str)
 def test_defences_that_need_the_clients_side_say_so(lenet, batch, defense):
     update = Client(lenet).share(batch)
-    with pytest.raises(
-        DefenseError, match="needs what the update was computed with.*model=…, batch=…"
-    ):
-        defense(update)
-    with pytest.raises(DefenseError, match="batch of 3, but the update is of 4"):
-        defense(update, model=lenet, batch=batch[:3])
+    for some in ({}, {"model": lenet}, {"batch": batch}, {"model": lenet, "batch": batch[:3]}):
+        with pytest.raises(DefenseError, match="that the update was computed with.*batch=…"):
+            defense(update, **some)
     with pytest.raises(UpdateError, match="other weights"):
         defense(update, model=build_model("lenet", seed=1), batch=batch)
 
 
-def test_dpsgd_is_refused_where_there_are_no_gradients_of_single_images_and_after_other_defences(
-    lenet, batch
-):
-    for options in ({"mode": "train"}, {"fedavg": FedAvg(steps=2)}):
-        with pytest.raises(DefenseError, match="each single image.*mode='eval' and without fedavg"):
-            Client(lenet).share(batch, defenses=[DP], **options)
+def with_batch_norm(**options):
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options), nn.Flatten(), nn.Linear(3600, 10)]
+    return client_model(nn.Sequential(*layers), mean=(0.5,) * 3, std=(0.2,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (with_batch_norm(), {"mode": "train"}),
+        (with_batch_norm(track_running_stats=False), {"mode": "eval"}),
+        (with_batch_norm(), {"fedavg": FedAvg(steps=2)}),
+    ],
+    ids=["train mode", "no running statistics", "local training"],
+)
+def test_dpsgd_is_refused_where_there_are_no_gradients_of_single_images(batch, model, options):
+    assert Client(model).share(batch, **options)
+    with pytest.raises(DefenseError, match="each single image.*mode='eval' and without fedavg"):
+        Client(model).share(batch, defenses=[DP], **options)
+
+
+def test_dpsgd_is_refused_after_other_defences(lenet, batch):
     with pytest.raises(DefenseError, match="would undo clip 1, noise 0.01. Apply it first"):
         Client(lenet).share(batch, defenses=[CLIP, NOISE, DP])
+
+
+def test_dpsgd_does_not_mind_train_mode_where_images_do_not_meet(lenet, batch):
+    found = [
+        Client(lenet).share(batch, mode=mode, defenses=[DP]).gradients for mode in ("eval", "train")
+    ]
+    assert all(map(torch.equal, *found))
+
+
+def test_soteria_prunes_what_enters_the_layer_that_is_used_last_not_registered_last(batch):
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(8, 10), nn.Linear(3 * 32 * 32, 8)
+
+        def forward(self, inputs):
+            return self.head(self.body(inputs.flatten(1)).sigmoid())
+
+    model = client_model(HeadFirst(), (0.5,) * 3, (0.2,) * 3)
+    update = Client(model).share(batch, defenses=[Soteria(pruned=0.5)])
+    head = update.gradients[update.parameter_names.index("network.head.weight")]
+    assert (head == 0).all(dim=0).sum() == 4
 
 
 def test_soteria_is_refused_where_the_classifier_is_frozen(batch):
@@ -371,6 +423,9 @@ def test_soteria_is_refused_where_the_classifier_is_frozen(batch):
     "defense, values",
     [
         (GaussianNoise, {"std": -1}),
+        (GaussianNoise, {"std": math.nan}),
+        (Clipping, {"max_norm": math.nan}),
+        (DPSGD, {"max_norm": 1, "noise_multiplier": math.inf}),
         (GaussianNoise, {"std": math.inf}),
         (Sparsification, {"sparsity": 1}),
         (Clipping, {"max_norm": 0}),

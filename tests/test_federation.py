@@ -12,16 +12,11 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from gipip.data.datasets import LabeledImages, load_dataset
-from gipip.errors import LabelError, ModelError, UpdateError
-from gipip.federation.client import Client, FedAvg, batch_statistics, local_update, train_federated
+from gipip.errors import DataError, DefenseError, LabelError, ModelError, UpdateError
+from gipip.federation.client import Client, FedAvg, batch_statistics, local_update
 from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
-from gipip.federation.models import (
-    accuracy,
-    build_model,
-    client_model,
-    model_fingerprint,
-    trainable,
-)
+from gipip.federation.models import build_model, client_model, model_fingerprint, trainable
+from gipip.federation.training import accuracy, train_federated
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +109,97 @@ def test_a_label_out_of_range_is_refused_with_the_range(label):
         Client(build_model("lenet")).share(batch)
 
 
+@pytest.mark.parametrize("labels", [torch.tensor([1, 2]).int(), torch.tensor([1.0, 2.0])], ids=str)
+@pytest.mark.usefixtures("unchecked")
+def test_labels_of_another_type_are_refused(labels):
+    with pytest.raises((LabelError, DataError), match="int64"):
+        Client(build_model("lenet")).share(LabeledImages(torch.rand(2, 3, 32, 32), labels))
+
+
 def test_images_of_a_size_the_model_cannot_take_are_refused_with_the_remedy():
     batch = LabeledImages(torch.rand(1, 3, 64, 64), torch.tensor([3]))
     with pytest.raises(ModelError, match=r"\(1, 3, 64, 64\).*image_size=64"):
         Client(build_model("lenet")).share(batch)
+
+
+def test_a_batch_too_small_for_batch_norm_in_train_mode_is_refused(data):
+    layers = [nn.Flatten(), nn.Linear(3 * 32 * 32, 4), nn.BatchNorm1d(4), nn.Linear(4, 10)]
+    client = Client(client_model(nn.Sequential(*layers), (0.5,) * 3, (0.25,) * 3))
+    assert client.share(data.private(2), mode="train").batch_size == 2
+    with pytest.raises(ModelError, match="cannot take a batch.*more than 1 value per channel"):
+        client.share(data.private(1), mode="train")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        ({"mode": "Train"}, UpdateError, "Unknown mode='Train'. Expected 'eval' or 'train'"),
+        ({"labels": "give"}, UpdateError, "Unknown labels='give'. Expected 'given' or 'withheld'"),
+        ({"labels": None}, UpdateError, "Unknown labels=None"),
+        ({"statistics": "yes"}, UpdateError, "Unknown statistics='yes'. Expected 'shared' or"),
+        ({"statistics": True}, UpdateError, "Unknown statistics=True"),
+        ({"fedavg": 3}, UpdateError, r"Expected gipip.FedAvg\(steps=…\) as fedavg; got 3"),
+        ({"defenses": Clipping(max_norm=1)}, DefenseError, "Expected a list.*got Clipping"),
+        ({"defenses": ["clip"]}, DefenseError, r"Expected a list.*got \['clip'\]"),
+        ({"defenses": [Clipping]}, DefenseError, "Expected a list.*got .*Clipping"),
+        ({"defenses": None}, DefenseError, "Expected a list.*got None"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("unchecked")
+def test_an_option_that_is_not_known_is_refused_with_those_that_are(data, options, error, reason):
+    with pytest.raises(error, match=reason):
+        Client(build_model("lenet")).share(data.private(), **options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (torch.rand(1, 3, 32, 32), r"torch.float32 of shape \(1, 3, 32, 32\)"),
+        (None, "a NoneType"),
+        (LabeledImages(torch.rand(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64)), "a Labeled"),
+    ],
+    ids=["tensor", "None", "no images"],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_batch_is_refused(batch, found):
+    with pytest.raises(DataError, match=f"Expected a batch of gipip.LabeledImages; got {found}"):
+        Client(build_model("lenet")).share(batch)
+
+
+def test_a_model_that_gives_no_logits_is_refused(data):
+    class Pair(nn.Sequential):
+        def forward(self, inputs):
+            return super().forward(inputs), inputs
+
+    network = Pair(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    with pytest.raises(ModelError, match="gives a tuple; expected logits"):
+        Client(client_model(network, (0.5,) * 3, (0.25,) * 3)).share(data.private())
+
+
+@pytest.mark.parametrize("fedavg", [None, FedAvg(steps=2)], ids=["FedSGD", "FedAvg"])
+def test_a_parameter_that_the_network_does_not_use_gets_the_gradient_zero(data, fedavg):
+    class WithSpare(nn.Sequential):
+        def forward(self, inputs):
+            return self[0](inputs)
+
+    used = build_model("lenet")
+    network = WithSpare(used.network, nn.Linear(3, 4))
+    unused = client_model(
+        network, used.normalize.mean.flatten().tolist(), used.normalize.std.flatten().tolist()
+    )
+    plain, padded = (Client(each).share(data.private(), fedavg=fedavg) for each in (used, unused))
+    assert all(map(torch.equal, plain.gradients, padded.gradients[:-2]))
+    assert [gradient.shape for gradient in padded.gradients[-2:]] == [(4, 3), (4,)]
+    assert not any(gradient.any() for gradient in padded.gradients[-2:])
+    padded.check(unused)
+
+
+def test_an_update_can_be_shared_where_gradients_are_switched_off(data):
+    client = Client(build_model("lenet"))
+    with torch.no_grad():
+        update = client.share(data.private())
+    assert all(map(torch.equal, update.gradients, client.share(data.private()).gradients))
 
 
 def test_an_update_cannot_be_used_with_a_model_without_normalisation_layer(data):
@@ -141,10 +223,10 @@ def test_an_update_passes_the_check_against_its_own_model_and_no_other(data):
     update.check(model)
     with pytest.raises(UpdateError, match="other weights.*very model that the server sent"):
         update.check(build_model("lenet", seed=1))
-    with pytest.raises(
-        UpdateError, match="8 gradients do not fit the model's 26 parameters.*another architecture"
-    ):
+    with pytest.raises(UpdateError, match="another architecture.*model that the client trained"):
         update.check(build_model("convnet"))
+    with pytest.raises(UpdateError, match=r"shape \(10, 768\).* has .*shape \(7, 768\)"):
+        update.check(build_model("lenet", 7))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -156,12 +238,24 @@ def test_a_gradient_that_is_not_finite_is_named(data, value):
         update.check(model)
 
 
-def test_an_update_with_a_gradient_too_many_is_refused(data):
+@pytest.mark.parametrize(
+    ("change", "held"),
+    [
+        (lambda gradients: (*gradients, torch.zeros(1)), r"None, 'torch.float32 of shape \(1,\)'"),
+        (lambda gradients: gradients[:-1], "'network.7.bias', None"),
+        (lambda gradients: (*gradients[:-1], None), "'network.7.bias', 'a NoneType'"),
+        (lambda gradients: (gradients[0].double(), *gradients[1:]), "weight', 'torch.float64"),
+        (lambda gradients: (gradients[0].half(), *gradients[1:]), "weight', 'torch.float16"),
+    ],
+    ids=["one too many", "one too few", "None", "float64", "float16"],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_gradients_that_are_not_the_models_are_refused(data, change, held):
     model = build_model("lenet")
     update = Client(model).share(data.private())
-    longer = dataclasses.replace(update, gradients=(*update.gradients, torch.zeros(1)))
-    with pytest.raises(UpdateError, match="9 gradients do not fit"):
-        longer.check(model)
+    changed = dataclasses.replace(update, gradients=change(update.gradients))
+    with pytest.raises(UpdateError, match=f"holds .*{held}.* where the model has"):
+        changed.check(model)
 
 
 # Local training (FedAvg) -------------------------------------------------------
@@ -480,7 +574,7 @@ def test_federated_training_ends_with_the_running_statistics_of_all_images(brigh
     "defenses",
     [[], [Sparsification(sparsity=0.9)], [GaussianNoise(std=1.0), Clipping(max_norm=0.1)]],
 )
-def test_a_federated_step_is_one_of_sgd_along_the_clipped_update_that_the_client_shares_under_its_defences(
+def test_a_federated_step_is_one_of_sgd_along_the_clipped_update_under_the_clients_defences(
     softmax_regression, defenses
 ):
     model = softmax_regression.float()
@@ -501,23 +595,44 @@ def test_a_federated_step_is_one_of_sgd_along_the_clipped_update_that_the_client
 
 
 def test_a_finished_federated_training_is_loaded_from_the_store_and_another_is_not(
-    bright_or_dark, tmp_path, monkeypatch
+    bright_or_dark, tmp_path
 ):
-    model, settings = in_single_precision(), {"steps": 2, "batch_size": 4, "store": tmp_path}
-    trained = [
-        train_federated(model, bright_or_dark, **settings, defenses=list(some))
-        for some in ([], [Clipping(max_norm=0.1)])
-    ]
-    monkeypatch.setattr(Client, "share", None)  # training again would fail
-    again = [
-        train_federated(model, bright_or_dark, **settings, defenses=list(some))
-        for some in ([], [Clipping(max_norm=0.1)])
-    ]
-    assert (
-        list(map(model_fingerprint, again)) == list(map(model_fingerprint, trained))
-        and not again[0].training
-    )
-    assert len(set(map(model_fingerprint, trained))) == 2
-    for change in ({"seed": 1}, {"steps": 3}, {"learning_rate": 0.1}):
-        with pytest.raises(TypeError):
-            train_federated(model, bright_or_dark, **settings | change)
+    shared = []
+
+    class Counted(Clipping):
+        def __call__(self, update, **private):
+            shared.append(update)
+            return super().__call__(update, **private)
+
+    def train(**change):
+        settings = {"steps": 2, "batch_size": 4, "defenses": [Counted(max_norm=0.1)]}
+        return train_federated(model, bright_or_dark, store=tmp_path, **settings | change)
+
+    model = in_single_precision()
+    first, again = train(), train()
+    assert model_fingerprint(first) == model_fingerprint(again) and not again.training
+    assert len(shared) == 2
+    changes = {"seed": 1, "learning_rate": 0.1, "defenses": [Counted(max_norm=0.2)]}
+    for number, (name, value) in enumerate(changes.items(), start=2):
+        assert model_fingerprint(train(**{name: value})) != model_fingerprint(first)
+        assert len(shared) == 2 * number
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "reason"),
+    [
+        ({"steps": 0}, UpdateError, "Expected steps and batch_size ≥ 1"),
+        ({"batch_size": -1}, UpdateError, "Expected steps and batch_size ≥ 1"),
+        ({"learning_rate": float("nan")}, UpdateError, "a positive learning_rate"),
+        ({"seed": 2**64}, UpdateError, "a seed below 2⁶³"),
+        ({"defenses": Clipping(max_norm=1)}, DefenseError, "Expected a list"),
+        ({"images": torch.rand(4, 3, 6, 6)}, DataError, "Expected a batch of gipip.LabeledImages"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_federated_training_that_trains_nothing_is_refused(
+    bright_or_dark, settings, error, reason
+):
+    with pytest.raises(error, match=reason):
+        train_federated(in_single_precision(), **{"images": bright_or_dark, "steps": 1} | settings)

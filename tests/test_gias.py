@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from gipip.attacks import ATTACKS, GIAS, LatentSearch
+from gipip.attacks import ATTACKS
+from gipip.attacks.gias import GIAS, LatentSearch
+from gipip.attacks.view import View
 from gipip.data.datasets import LabeledImages
 from gipip.errors import UpdateError
 from gipip.evaluation.metrics import psnr
@@ -163,9 +165,9 @@ def test_the_start_is_the_best_restart_of_the_latent_search(prior, model, in_ran
 
 
 def view_at(attack, model, update, latent):
-    view = attack._view(model, update)
+    view = View.of(model, update)
     view.start = {"latent": latent}
-    return view, attack.variables(view)
+    return view, {name: tensor.clone() for name, tensor in attack.variables(view).items()}
 
 
 def test_every_image_has_a_generator_copy_of_its_own(prior, model, in_range):
@@ -198,7 +200,7 @@ def test_gradient_of_the_whole_cost_agrees_with_finite_differences(prior, model,
     )
     model = client_model(network, mean=(0.5,) * 3, std=(0.25,) * 3).double()
     attack = kind(prior=prior, tv_weight=0.1)
-    view = attack._view(model, shared(model, torch.rand(2, 3, 16, 16, generator=generator)))
+    view = View.of(model, shared(model, torch.rand(2, 3, 16, 16, generator=generator)))
     view.start = {"latent": torch.randn(2, 8, dtype=torch.float64, generator=generator)}
     view.generator.manual_seed(0)
     variables = {
@@ -305,7 +307,7 @@ def test_json_holds_the_generators_fingerprint_in_place_of_its_weights(prior, ki
     attack = kind(prior=prior, seed=3)
     dumped = json.loads(attack.model_dump_json())
     assert dumped["prior"] == prior.fingerprint
-    assert ATTACKS[kind.__name__](**dumped | {"prior": prior}) == attack
+    assert ATTACKS[kind.name](**dumped | {"prior": prior}) == attack
 
 
 @pytest.mark.parametrize("kind", [LatentSearch, GIAS])

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from gipip.attacks import GradInversion, InvertingGradients
+from gipip.attacks.gradinversion import GradInversion
+from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.objectives import total_variation
+from gipip.attacks.view import View
 from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import UpdateError
 from gipip.federation.client import Client, FedAvg
@@ -52,7 +54,7 @@ def share(model, batch, **options):
 def terms_at(attack, model, update, *groups):
     """The terms with these images as the seeds' candidates."""
     return attack.terms(
-        attack._view(model, update),
+        View.of(model, update),
         {"images": torch.cat([model.normalize(images) for images in groups])},
     )
 
@@ -140,7 +142,7 @@ def test_equal_seeds_are_consistent_and_others_are_as_far_as_their_spread(model,
 
 def test_the_returned_seed_is_the_one_whose_gradient_is_nearest(model, batch):
     attack, update = GradInversion(seeds=3, iterations=8, group_weight=0), share(model, batch)
-    view = attack._view(model, update)
+    view = View.of(model, update)
     noise = [
         torch.rand(batch.images.shape, generator=torch.Generator().manual_seed(seed))
         for seed in (1, 2)
@@ -207,7 +209,7 @@ def test_masked_matching_is_zero_at_the_true_images_behind_a_sparsified_gradient
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_gradient_of_the_whole_cost_agrees_with_finite_differences(model, batch, mode, fedavg):
     model, attack = model.double(), GradInversion(tv_weight=0.1)
-    view = attack._view(model, share(model, batch, mode=mode, fedavg=fedavg))
+    view = View.of(model, share(model, batch, mode=mode, fedavg=fedavg))
     images = torch.randn(
         4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).requires_grad_()

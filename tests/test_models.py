@@ -1,6 +1,6 @@
 """Client models: the references' architectures, seeded weights, and one normalisation layer."""
 
-import copy
+import importlib.util
 
 import pytest
 import torch
@@ -9,20 +9,20 @@ from torchvision.transforms.functional import normalize
 
 from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
 from gipip.errors import ModelError
-from gipip.federation import models as module
 from gipip.federation.models import (
     Normalize,
-    accuracy,
     build_model,
     check_client_model,
     client_model,
+    count_classes,
     last_linear,
     load_model,
+    mixes_images,
     model_fingerprint,
-    train_client,
     trainable,
 )
-from gipip.files import write_tensors
+from gipip.federation.training import accuracy
+from gipip.files import DATA, write_tensors
 
 NETWORKS = ["convnet", "convnet16", "lenet", "resnet18"]
 
@@ -70,8 +70,7 @@ def test_convnet_has_six_convolutions_of_the_references_widths_and_two_pools():
 def test_convnet16_is_the_convnet_of_half_the_width():
     model = build_model("convnet16")
     assert (
-        sizes(nn.Conv2d, model) == [16, 32, 32, 64, 64, 64]
-        and last_linear(model)[1].in_features == 576
+        sizes(nn.Conv2d, model) == [16, 32, 32, 64, 64, 64] and model.network[-1].in_features == 576
     )
 
 
@@ -83,11 +82,11 @@ def test_lenet_is_the_sigmoid_network_of_dlg():
         (12, (5, 5), (2, 2), (2, 2)),
         (12, (5, 5), (1, 1), (2, 2)),
     ]
-    assert last_linear(model)[1].in_features == 768
+    assert model.network[-1].in_features == 768
     assert sum(isinstance(module, nn.Sigmoid) for module in model.modules()) == 3
     assert all(
         0.4 < float(p.detach().abs().max()) <= 0.5
-        for p in (model.network[2].weight, last_linear(model)[1].weight)
+        for p in (model.network[2].weight, model.network[-1].weight)
     )
 
 
@@ -114,6 +113,12 @@ def test_an_unknown_model_is_refused_with_the_known_ones():
         ModelError, match="'vgg'.*convnet, convnet16, lenet, resnet18.*client_model"
     ):
         build_model("vgg")
+
+
+@pytest.mark.parametrize("setting", [{"num_classes": 0}, {"seed": 2**63}, {"seed": -(2**63)}])
+def test_a_model_of_no_class_or_a_seed_too_large_is_refused(setting):
+    with pytest.raises(ModelError, match=f"got.*{next(iter(setting.values()))}"):
+        build_model("lenet", **setting)
 
 
 def test_the_normalisation_layer_equals_torchvisions_normalize():
@@ -144,9 +149,86 @@ def test_an_own_network_receives_normalised_images():
     )
 
 
-def test_a_network_without_normalisation_is_refused_with_the_way_to_wrap_it():
-    with pytest.raises(ModelError, match="Linear.*normalisation layer.*gipip.client_model"):
-        check_client_model(nn.Linear(2, 2))
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+
+
+def frozen():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Linear(2, 2), "Linear.*normalisation layer.*gipip.client_model"),
+        (client_model(lazy(), (0,) * 3, (1,) * 3), "lazy layers.*Run it once"),
+        (client_model(nn.Flatten(), (0,) * 3, (1,) * 3), "no trainable parameters"),
+        (client_model(frozen(), (0,) * 3, (1,) * 3), "no trainable parameters.*requires_grad_"),
+        (build_model("lenet").half(), r"torch.float16; expected all float32.*model.float\(\)"),
+        (build_model("lenet").bfloat16(), "torch.bfloat16; expected all float32"),
+    ],
+    ids=["no normalisation", "lazy", "no parameters", "frozen", "half", "bfloat16"],
+)
+def test_a_model_that_cannot_be_attacked_is_refused_with_the_remedy(model, reason):
+    with pytest.raises(ModelError, match=reason):
+        check_client_model(model)
+
+
+class Gives(nn.Module):
+    """A network that gives what `form` makes of its logits."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.linear, self.form = nn.Linear(12, 3), form
+
+    def forward(self, inputs):
+        return self.form(self.linear(inputs.flatten(1)))
+
+
+def test_the_classes_are_counted_by_the_logits_and_the_model_stays_as_it_was():
+    model = build_model("convnet", 7).train()
+    before = model_fingerprint(model)
+    with torch.no_grad():
+        assert count_classes(model, torch.rand(2, 3, 32, 32)) == 7
+    assert model_fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        (lambda logits: (logits, logits), "a tuple"),
+        (lambda logits: {"logits": logits}, "a dict"),
+        (lambda logits: logits[:, :, None, None], r"torch.float32 of shape \(2, 3, 1, 1\)"),
+        (lambda logits: logits.argmax(dim=1), r"torch.int64 of shape \(2,\)"),
+        (lambda logits: logits.detach(), r"torch.float32 of shape \(2, 3\)"),
+    ],
+    ids=["tuple", "dict", "image", "class", "detached"],
+)
+def test_a_network_that_gives_no_logits_is_refused_with_what_it_gives(form, found):
+    with pytest.raises(ModelError, match=f"gives {found}; expected logits.*Wrap it"):
+        count_classes(client_model(Gives(form), (0,) * 3, (1,) * 3), torch.rand(2, 3, 2, 2))
+
+
+def normalised_by(layer):
+    return nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.InstanceNorm2d(4),
+        nn.GroupNorm(2, 4),
+    ],
+    ids=["BatchNorm", "BatchNorm on batch statistics", "InstanceNorm", "GroupNorm"],
+)
+def test_images_mix_where_one_images_logits_depend_on_another(layer, mode):
+    network, images = normalised_by(layer).train(mode == "train"), torch.rand(2, 3, 2, 2)
+    other = torch.stack([images[0], torch.rand(3, 2, 2)])
+    depend = not torch.allclose(network(images)[0], network(other)[0])
+    assert mixes_images(network, mode) == depend
 
 
 def test_the_fingerprint_sees_a_change_of_one_weight_and_of_one_buffer():
@@ -165,14 +247,17 @@ def test_frozen_parameters_are_not_trainable():
     assert len(trainable(model)) == len(list(model.parameters())) - 1
 
 
-def test_the_last_linear_layer_is_the_classifier():
-    model = build_model("resnet18")
-    assert last_linear(model) == ("network.fc", model.network.fc)
+def test_the_last_linear_layer_is_the_classifier_and_gets_the_features():
+    model, images = build_model("resnet18"), torch.rand(2, 3, 32, 32)
+    name, features = last_linear(model, images)
+    assert name == "network.fc"
+    torch.testing.assert_close(model.network.fc(features), model(images))
 
 
 def test_a_model_without_linear_layer_is_refused_for_label_inference():
-    with pytest.raises(ModelError, match="no linear layer.*labels='given'"):
-        last_linear(nn.Conv2d(3, 3, 1))
+    network = nn.Sequential(nn.Conv2d(3, 3, 2), nn.Flatten())
+    with pytest.raises(ModelError, match="linear layer.*labels='given'"):
+        last_linear(network, torch.rand(1, 3, 2, 2))
 
 
 # Training ----------------------------------------------------------------------
@@ -180,80 +265,73 @@ def test_a_model_without_linear_layer_is_refused_for_label_inference():
 
 @pytest.fixture
 def bright_or_dark():
-    """64 images of 8×8 pixels in two classes that their brightness tells apart, and a
-    network with BatchNorm.
-    """
+    """512 images of 8×8 pixels in two classes that their brightness tells apart."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(64) % 2
-    images = 0.3 * torch.rand(64, 3, 8, 8, generator=generator) + 0.6 * labels.view(-1, 1, 1, 1)
+    labels = torch.arange(512) % 2
+    images = 0.3 * torch.rand(512, 3, 8, 8, generator=generator) + 0.6 * labels.view(-1, 1, 1, 1)
+    return LabeledImages(images, labels)
+
+
+def with_batch_norm():
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
-    )
-    return client_model(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval(), LabeledImages(
-        images, labels
-    )
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)]
+    return client_model(nn.Sequential(*layers), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
 
 
-def test_training_learns_in_place_and_gives_each_epochs_mean_loss_with_the_model_in_eval_mode(
-    bright_or_dark,
-):
-    model, images = bright_or_dark
-    losses, modes = [], []
-    for loss in train_client(model, images, epochs=3, batch_size=16):
-        losses.append(loss)
-        modes.append(model.training)
-    assert len(losses) == 3 and losses[2] < losses[0] / 2 and modes == [False] * 3
-    assert accuracy(model, images) == 1
-
-
-def test_training_is_determined_by_its_seed(bright_or_dark):
-    model, images = bright_or_dark
-    prints = []
-    for seed in (1, 1, 2):
-        trained = copy.deepcopy(model)
-        list(train_client(trained, images, epochs=1, batch_size=16, seed=seed))
-        prints.append(model_fingerprint(trained))
-    assert prints[0] == prints[1] != prints[2]
+def test_the_script_trains_in_place_and_gives_each_epochs_loss_the_same_every_time(bright_or_dark):
+    spec = importlib.util.spec_from_file_location("train_client", DATA / "train_client.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    models = with_batch_norm(), with_batch_norm()
+    for model in models:
+        losses, modes = [], []
+        for loss in script.epoch_by_epoch(model, bright_or_dark, 3):
+            losses.append(loss)
+            modes.append(model.training)
+        assert len(losses) == 3 and losses[2] < losses[0] / 2 and modes == [False] * 3
+        assert accuracy(model, bright_or_dark) == 1
+    assert model_fingerprint(models[0]) == model_fingerprint(models[1])
 
 
 def test_accuracy_is_the_share_of_right_classes(bright_or_dark):
-    _, images = bright_or_dark
     brightness = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     with torch.no_grad():
         brightness[1].weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 192))
         brightness[1].bias.zero_()
-    wrong = LabeledImages(images.pixels, torch.cat([1 - images.labels[:16], images.labels[16:]]))
+    labels = bright_or_dark.labels.clone()
+    labels[:128] = 1 - labels[:128]
+    wrong = LabeledImages(bright_or_dark.pixels, labels)
     assert accuracy(client_model(brightness, mean=(0.45,) * 3, std=(0.25,) * 3), wrong) == 0.75
 
 
 def test_accuracy_is_that_of_eval_mode_and_leaves_a_model_in_train_mode_as_it_was(bright_or_dark):
-    model, images = bright_or_dark
-    expected = accuracy(model, images)
+    model = with_batch_norm()
+    expected = accuracy(model, bright_or_dark)
     model.train()
     before = model_fingerprint(model)
-    assert accuracy(model, images) == expected
+    assert accuracy(model, bright_or_dark) == expected
     assert model_fingerprint(model) == before and model.training
 
 
-def test_a_shipped_model_is_the_one_of_its_epoch(tmp_path, monkeypatch):
+# Trained models ----------------------------------------------------------------
+
+
+def test_a_trained_model_in_the_cache_folder_is_the_one_of_its_epoch(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path))
     epochs = {epoch: build_model("lenet", 7, seed=epoch) for epoch in (1, 10)}
-    tensors = {
-        f"{epoch}/{name}": value
-        for epoch, model in epochs.items()
-        for name, value in model.state_dict().items()
-    }
-    about = {"num_classes": 7, "accuracy": {"1": 0.2, "10": 0.3}}
-    write_tensors(tmp_path / "client-cifar10-lenet.safetensors", tensors, about)
-    monkeypatch.setattr(module, "DATA", tmp_path)
+    tensors = {}
     for epoch, model in epochs.items():
-        loaded = load_model("lenet", epochs=epoch)
+        tensors |= {f"{epoch}/{name}": value for name, value in model.state_dict().items()}
+    about = {"num_classes": 7, "accuracy": {"1": 0.2, "10": 0.3}}
+    write_tensors(tmp_path / "client-imagenet64-lenet.safetensors", tensors, about)
+    for epoch, model in epochs.items():
+        loaded = load_model("lenet", "imagenet64", epochs=epoch)
         assert model_fingerprint(loaded) == model_fingerprint(model) and not loaded.training
     with pytest.raises(
         ModelError,
-        match=r"'lenet' trained for 5 epochs on 'cifar10'.*at hand: \[1, 10\].*train_client",
+        match=r"'lenet' trained for 5 epochs on 'imagenet64'.*at hand: \[1, 10\].*train_client",
     ):
-        load_model("lenet", epochs=5)
+        load_model("lenet", "imagenet64", epochs=5)
 
 
 def test_a_model_that_does_not_ship_is_refused_with_the_remedy():

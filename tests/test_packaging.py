@@ -1,7 +1,6 @@
 """pyproject.toml is the only source of what gipip needs, and the other files agree with it."""
 
 import ast
-import re
 import sys
 import tomllib
 from pathlib import Path
@@ -90,34 +89,3 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             modules.add(node.module.split(".")[0])
     return modules - set(sys.stdlib_module_names) - {"gipip"}
-
-
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="there is no README.md yet")
-def test_the_readmes_commands_exist():
-    commands = _shell_lines((ROOT / "README.md").read_text())
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {word for line in commands for word in re.findall(r"^make ([a-z]+)", line)} <= targets
-    from gipip.cli import app
-
-    known = {
-        command.name or command.callback.__name__.replace("_", "-")
-        for command in app.registered_commands
-    }
-    assert {
-        word
-        for line in commands
-        for word in re.findall(r"^gipip ([a-z-]+)", line)
-        if not word.startswith("-")
-    } <= known
-
-
-def _shell_lines(markdown: str) -> list[str]:
-    """The commands in a text's code blocks, without prompt and without the
-    environment's folder.
-    """
-    blocks = re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
-    return [
-        re.sub(r"^(\$ )?(\.venv/bin/)?", "", line.strip())
-        for block in blocks
-        for line in block.splitlines()
-    ]

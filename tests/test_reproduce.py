@@ -255,7 +255,7 @@ def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, pro
     assert [
         path.relative_to(folder.parent).as_posix() for path in folder.parent.rglob("claims.csv")
     ] == joined
-    assert ("| GIPIP - IG |" in readme.read_text(encoding="utf-8")) == (profile == "cpu")
+    assert ("| 1 Helps | 1 |" in readme.read_text(encoding="utf-8")) == (profile == "cpu")
     told = [f"Claims: 1 supported: {folder.parent / path}" for path in joined]
     assert said[2:] == told + [f"Claims, judged: {readme}"] * (profile == "cpu")
 

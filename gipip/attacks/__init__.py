@@ -1,25 +1,16 @@
-"""Gradient inversion attacks: one file an attack, one optimisation loop (base.py)."""
+"""Gradient inversion attacks: one file an attack, one optimisation loop (loop.py).
 
-from gipip.attacks.base import Attack, Reconstruction
-from gipip.attacks.dlg import DLG
-from gipip.attacks.gias import GIAS, LatentSearch
-from gipip.attacks.gipip import GIPIP
-from gipip.attacks.gradinversion import GradInversion
-from gipip.attacks.inverting_gradients import InvertingGradients
+Every module of this folder is imported, so that a new attack is one new file: a class of
+`gipip.attacks.base.Attack` with a `name` is found here, on the command line and in the tests.
+"""
 
-ATTACKS = {
-    attack.__name__: attack
-    for attack in (DLG, InvertingGradients, GIPIP, LatentSearch, GIAS, GradInversion)
-}
+import importlib
+import pkgutil
 
-__all__ = [
-    "ATTACKS",
-    "Attack",
-    "DLG",
-    "GIAS",
-    "GIPIP",
-    "GradInversion",
-    "InvertingGradients",
-    "LatentSearch",
-    "Reconstruction",
-]
+from gipip.attacks.base import ATTACKS, Attack
+from gipip.attacks.view import Reconstruction
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["ATTACKS", "Attack", "Reconstruction"]

@@ -179,12 +179,6 @@ def feature_mse(model: nn.Module, images: Images, truth: Images) -> PerImage:
     Raises ModelError for a model without a linear layer.
     """
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    reconstructed, private = _features(model, _prepared(torch.cat([images, truth]))).chunk(2)
+    _, features = last_linear(model, _prepared(torch.cat([images, truth])))
+    reconstructed, private = features.chunk(2)
     return (reconstructed - private).square().mean(1)
-
-
-def _features(model: nn.Module, images: Images) -> Float[Tensor, "batch features"]:
-    captured = []
-    last_linear(model)[1].register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-    model(images)
-    return captured[0].flatten(1)

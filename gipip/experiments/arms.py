@@ -19,20 +19,23 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from gipip.attacks import GIPIP, Attack, InvertingGradients
+from gipip.attacks.base import Attack
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.evaluation.anomalies import auroc
 from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.published import published
 from gipip.evaluation.statistics import Interval, paired_difference
 from gipip.experiments.claims import Claim, compare, save_claims
 from gipip.experiments.sweep import Results, Run, Scenario, sweep
-from gipip.federation.defenses import GaussianNoise, Sparsification
+from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
 from gipip.figures import image_grid, paired_effect, published_bars, save_figure, use_style
 from gipip.priors import AnomalyScore
 
@@ -98,9 +101,10 @@ def equal_tv(scenarios: Iterable[Scenario], prior: AnomalyScore, **changes) -> l
     return todo
 
 
-def labelled(column: str, named: Mapping[object, Results]) -> pandas.DataFrame:
+def labelled(column: str, named: Mapping[Any, Results]) -> pandas.DataFrame:
     """The frames of named results, one below the other, with the name in a `column`."""
-    return pandas.concat(part.frame().assign(**{column: name}) for name, part in named.items())
+    frames = {name: part.frame() for name, part in named.items()}
+    return pandas.concat(frames, names=[column]).reset_index(column).reset_index(drop=True)
 
 
 def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -125,7 +129,7 @@ def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figur
     return image_grid(rows, captions, **options)
 
 
-def beside_published(chart: str, named: Mapping[float, Results], here: str, **options) -> Figure:
+def beside_published(chart: str, named: Mapping[Any, Results], here: str, **options) -> Figure:
     """One of the paper's charts of SSIM (see `published`) beside that of the arms
     "without" and "with" here, of results named by their places on its axis.
     """
@@ -135,13 +139,17 @@ def beside_published(chart: str, named: Mapping[float, Results], here: str, **op
     return published_bars(frame, published(chart), chart, "ssim", "anomaly score", **options)
 
 
-def along(chart: str, place: float) -> dict:
-    """What a scenario changes at a place on the axis of one of the paper's charts."""
-    if chart == "noise":
-        return {"defenses": (GaussianNoise(std=place),)}
-    if chart == "sparsity":
-        return {"defenses": (Sparsification(sparsity=place),)}
-    return {chart.replace(" ", "_"): place}  # "batch size" and "epochs"
+def defended(kind: str, strength: float) -> Defense:
+    """A defence by the name that tables give it: "noise" of standard deviation, "sparsity"
+    or "Soteria" of share, or "DP-SGD" (C = 1) of noise multiplier `strength`.
+    """
+    kinds: dict[str, Callable[..., Defense]] = {
+        "noise": partial(GaussianNoise, std=strength),
+        "sparsity": partial(Sparsification, sparsity=strength),
+        "Soteria": partial(Soteria, pruned=strength),
+        "DP-SGD": partial(DPSGD, max_norm=1.0, noise_multiplier=strength),
+    }
+    return kinds[kind]()
 
 
 def judge(results: Results, claim: int, compared: str, arm: str, baseline: str) -> list[Claim]:
@@ -152,8 +160,8 @@ def judge(results: Results, claim: int, compared: str, arm: str, baseline: str) 
     claims = []
     for condition in dict.fromkeys(result.run.scenario.condition for result in results):
         text = ", ".join([compared, *condition.replace("=", " = ").split("/")[1:]])
-        pair = ({"condition": condition, "arm": name} for name in (arm, baseline))
-        claims += compare(results, CLAIMS[claim - 1], text, *pair)
+        ours, theirs = ({"condition": condition, "arm": name} for name in (arm, baseline))
+        claims += compare(results, CLAIMS[claim - 1], text, ours, theirs)
     return claims
 
 
@@ -229,7 +237,7 @@ def check(claim: str, holds: bool) -> None:
 
 def _rounded(table: pandas.DataFrame) -> pandas.DataFrame:
     if "verdict" in table:
-        effects = [Interval(row.mean, row.low, row.high, row.batches) for row in table.itertuples()]
-        table = table.assign(mean=[f"{effect:+.3f}" for effect in effects])
+        ends = table[["mean", "low", "high", "batches"]].to_numpy().tolist()
+        table = table.assign(mean=[f"{Interval(*row):+.3f}" for row in ends])
         table = table.drop(columns=["low", "high"]).rename(columns={"mean": "difference"})
     return captioned(table.round(3))

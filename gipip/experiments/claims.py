@@ -1,5 +1,5 @@
 """What the notebooks say about the paper's claims: a table a notebook, one table of
-all, and the section of README.md that shows it.
+all, and the sections of README.md and docs/claims.md that show it.
 """
 
 import os
@@ -14,25 +14,17 @@ from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, verdict
 from gipip.experiments.sweep import Results
 
-_COLUMNS = dict(
-    claim=str,
-    compared=str,
-    metric=str,
-    images=int,
-    batches=int,
-    mean=float,
-    low=float,
-    high=float,
-    verdict=str,
+_COLUMNS = (
+    dict.fromkeys(("claim", "compared", "metric"), str)
+    | dict.fromkeys(("images", "batches"), int)
+    | dict.fromkeys(("mean", "low", "high"), float)
+    | {"verdict": str}
 )
 _SECTION = re.compile(
     r"(?<=^<!-- claims: written by make reproduce -->\n).*?(?=^<!-- end of claims -->$)",
     re.DOTALL | re.MULTILINE,
 )
-_HEADER = [
-    "| compared | metric | images / batches | difference | verdict |",
-    "|---|---|---|---|---|",
-]
+_VERDICTS = ("supported", "not supported", "undecided at this scale")
 
 
 class Claim(NamedTuple):
@@ -77,9 +69,7 @@ def save_claims(name: str, claims: Sequence[Claim], folder: Path | str) -> pd.Da
     number, for no claims, and for two of the same claim, comparison and metric.
     """
     if not re.match(r"\d\d_", name):
-        raise ValueError(
-            f"The claims of {name!r} would not be collected: expected a notebook's name, such as '03_ablations'."
-        )
+        raise ValueError(f"{name!r} is no notebook's name. Expected one such as '03_ablations'.")
     rows = [
         (*claim[:4], claim.difference.count, *claim.difference[:3], claim.verdict)
         for claim in claims
@@ -89,11 +79,9 @@ def save_claims(name: str, claims: Sequence[Claim], folder: Path | str) -> pd.Da
         raise ValueError(f"{name!r} has no claims to save.")
     repeated = table[table.duplicated(["claim", "compared", "metric"])]
     if len(repeated):
-        raise ValueError(
-            f"{name!r} judges the same twice: {', '.join(repeated['compared'] + ' by ' + repeated['metric'])}."
-        )
-    _write(Path(folder) / f"{name}_claims.csv", table.to_csv(index=False, lineterminator="\n"))
-    return table
+        names = ", ".join(repeated["compared"] + " by " + repeated["metric"])
+        raise ValueError(f"{name!r} judges the same twice: {names}.")
+    return _write_table(Path(folder) / f"{name}_claims.csv", table)
 
 
 def collect_claims(folder: Path | str) -> pd.DataFrame:
@@ -105,71 +93,72 @@ def collect_claims(folder: Path | str) -> pd.DataFrame:
     tables = [_read(path) for path in sorted(Path(folder).glob("[0-9][0-9]_*claims.csv"))]
     if not tables:
         return pd.DataFrame(columns=list(_COLUMNS))
-    table = pd.concat(tables, ignore_index=True).sort_values(
-        "claim", kind="stable", ignore_index=True
-    )
-    _write(Path(folder) / "claims.csv", table.to_csv(index=False, lineterminator="\n"))
-    return table
+    table = pd.concat(tables).sort_values("claim", kind="stable", ignore_index=True)
+    return _write_table(Path(folder) / "claims.csv", table)
 
 
 def _read(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, dtype=str)[list(_COLUMNS)].astype(
-            _COLUMNS
-        )  # read as text, for numbers exact to the last digit
-    except (
-        KeyError,
-        ValueError,
-    ) as error:  # of a missing column, and of what is no number or no CSV
+    try:  # as text first, for numbers that are exact to the last digit
+        return pd.read_csv(path, dtype=str)[list(_COLUMNS)].astype(_COLUMNS)
+    except (KeyError, ValueError) as error:  # a column missing; no number, no CSV
+        columns = ", ".join(_COLUMNS)
         raise DataError(
-            f"{path} is no table of claims ({error}). Expected the columns {', '.join(_COLUMNS)}; run its notebook."
+            f"{path} is no table of claims ({error}). Expected the columns {columns}; "
+            "run its notebook."
         ) from error
 
 
 def write_readme_section(readme: Path | str, table: pd.DataFrame) -> bool:
-    """Write the table between the two marker lines of `readme`; equal tables give equal
-    bytes. False without such lines or such a file.
+    """Write a row a claim between the two marker lines of `readme`, and every
+    comparison between those of docs/claims.md beside it.
+
+    Equal tables give equal bytes. A file without such lines, or that is not there, is
+    left alone: False if it is `readme`.
     """
     readme = Path(readme)
-    text = readme.read_bytes().decode() if readme.is_file() else ""
+    counts = pd.crosstab(table["claim"], table["verdict"])
+    counts = counts.reindex(columns=_VERDICTS, fill_value=0).reset_index()
+    whole = [f"## {claim}\n\n{_markdown(_shown(rows))}" for claim, rows in table.groupby("claim")]
+    _fill(readme.parent / "docs" / "claims.md", "\n".join(whole))
+    return _fill(readme, _markdown(counts))
+
+
+def _shown(rows: pd.DataFrame) -> pd.DataFrame:
+    shown = rows[["compared", "metric", "images", "batches", "verdict"]]
+    shown.insert(4, "difference", rows.apply(_difference, axis=1))
+    return shown
+
+
+def _difference(row: pd.Series) -> str:
+    difference = Interval(row["mean"], row["low"], row["high"], row["batches"])
+    return f"{difference:+.2f} dB" if row["metric"] == "psnr" else f"{difference:+.3f}"
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows: list = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+    return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _fill(path: Path, section: str) -> bool:
+    """Put a section between the marker lines of a file; False if it has none."""
+    text = path.read_bytes().decode() if path.is_file() else ""
     if not _SECTION.search(text):
         return False
-    lines = []
-    for claim, rows in table.groupby("claim", sort=False):
-        verdicts = ", ".join(
-            f"{count} {judged}"
-            for judged, count in rows["verdict"].value_counts().sort_index(ascending=False).items()
-        )
-        lines += [
-            f"**{claim}.** Comparisons: {len(rows)}; {verdicts}.",
-            "",
-            "<details><summary>The comparisons</summary>",
-            "",
-            *_HEADER,
-        ]
-        lines += [*(_judged(row) for row in rows.itertuples()), "", "</details>", ""]
-    _write(readme, _SECTION.sub(lambda _: "\n" + "\n".join(lines) + "\n", text, count=1))
+    _write(path, _SECTION.sub(lambda _: f"\n{section}\n", text, count=1))
     return True
 
 
-def _judged(row) -> str:
-    unit, spec = (" dB", "+.2f") if row.metric == "psnr" else ("", "+.3f")
-    difference = Interval(row.mean, row.low, row.high, row.batches)
-    return _line(
-        row.compared,
-        row.metric,
-        f"{row.images} / {row.batches}",
-        format(difference, spec) + unit,
-        row.verdict,
-    )
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+def _write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, table.to_csv(index=False, lineterminator="\n"))
+    return table
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_bytes(text.encode())
     os.replace(draft, path)

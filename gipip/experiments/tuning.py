@@ -15,7 +15,11 @@ from pathlib import Path
 
 import pandas
 
-from gipip.attacks import GIAS, GIPIP, Attack, GradInversion, InvertingGradients, LatentSearch
+from gipip.attacks.base import Attack
+from gipip.attacks.gias import GIAS, LatentSearch
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.gradinversion import GradInversion
+from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.presets import RELEASED_OFFSETS
 from gipip.errors import DataError
 from gipip.experiments.sweep import Run, Scenario, sweep

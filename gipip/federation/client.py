@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -12,13 +12,19 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim.swa_utils import update_bn
 
 from gipip.data.datasets import LabeledImages
-from gipip.errors import LabelError, ModelError, UpdateError
-from gipip.federation.models import ClientModel, check_client_model, model_fingerprint, trainable
-from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
-from gipip.progress import progress, require_time
+from gipip.errors import DataError, DefenseError, LabelError, UpdateError
+from gipip.federation.models import (
+    ClientModel,
+    Images,
+    Mode,
+    check_client_model,
+    count_classes,
+    described,
+    model_fingerprint,
+    trainable,
+)
 
 
 class FedAvg(BaseModel):
@@ -44,7 +50,7 @@ class FedAvg(BaseModel):
 def local_update(
     network: nn.Module,
     parameters: Mapping[str, Tensor],
-    inputs: Float[Tensor, "batch 3 height width"],
+    inputs: Images,
     labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
     fedavg: FedAvg | None = None,
     create_graph: bool = False,
@@ -54,40 +60,32 @@ def local_update(
 
     `inputs` are normalised, `labels` class indices or distributions over classes. With
     `fedavg` the mean gradient on the way of the local steps: (θ before − θ after) /
-    (learning rate × steps). With `create_graph` it can be differentiated with respect
-    to the inputs.
+    (learning rate × steps). The gradient of a parameter that the network does not use
+    is zero. With `create_graph` the update can be differentiated with respect to the
+    inputs.
     """
-    if fedavg is None:
-        loss = nn.functional.cross_entropy(
-            functional_call(network, dict(parameters), (inputs,)), labels
+
+    def gradient(weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        loss = nn.functional.cross_entropy(functional_call(network, weights, (inputs,)), labels)
+        return torch.autograd.grad(
+            loss, tuple(weights.values()), create_graph=create_graph, materialize_grads=True
         )
-        return torch.autograd.grad(loss, tuple(parameters.values()), create_graph=create_graph)
+
     current = dict(parameters)
+    if fedavg is None:
+        return gradient(current, inputs, labels)
     for step in range(fedavg.steps):
         rows = fedavg.rows(step, len(inputs))
-        loss = nn.functional.cross_entropy(
-            functional_call(network, current, (inputs[rows],)), labels[rows]
-        )
-        gradients = torch.autograd.grad(loss, tuple(current.values()), create_graph=create_graph)
-        moved = zip(current.items(), gradients, strict=True)
-        current = {
-            name: parameter - fedavg.learning_rate * gradient
-            for (name, parameter), gradient in moved
-        }
-        if not create_graph:
-            current = {
-                name: parameter.detach().requires_grad_() for name, parameter in current.items()
-            }
+        slopes = gradient(current, inputs[rows], labels[rows])
+        for (name, parameter), slope in zip(current.items(), slopes, strict=True):
+            moved = parameter - fedavg.learning_rate * slope
+            current[name] = moved if create_graph else moved.detach().requires_grad_()
     scale = fedavg.learning_rate * fedavg.steps
-    return tuple(
-        (before - after) / scale
-        for before, after in zip(parameters.values(), current.values(), strict=True)
-    )
+    return tuple((parameters[name] - current[name]) / scale for name in parameters)
 
 
-Statistics = tuple[
-    tuple[Float[Tensor, "_"], Float[Tensor, "_"]], ...
-]  # each layer has a number of channels of its own
+Channels = Float[Tensor, "_"]  # each layer has a number of its own
+Statistics = tuple[tuple[Channels, Channels], ...]
 
 
 @contextlib.contextmanager
@@ -97,19 +95,14 @@ def batch_statistics(network: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]
     """
     found: list[tuple[Tensor, Tensor]] = []
 
-    def collect(_, inputs: tuple[Tensor]) -> None:
+    def collect(_layer: nn.Module, inputs: tuple[Tensor]) -> None:
         found.append((inputs[0].mean(dim=(0, 2, 3)), inputs[0].var(dim=(0, 2, 3), correction=0)))
 
-    handles = [
-        module.register_forward_pre_hook(collect)
-        for module in network.modules()
-        if isinstance(module, nn.BatchNorm2d)
-    ]
-    try:
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(collect))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +123,9 @@ class SharedUpdate:
     gradients: tuple[Tensor, ...]
     parameter_names: tuple[str, ...]
     batch_size: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     labels: Int[Tensor, "batch"] | None
-    mode: Literal["eval", "train"]
+    mode: Mode
     model_fingerprint: str
     fedavg: FedAvg | None = None
     statistics: Statistics | None = None
@@ -144,24 +137,25 @@ class SharedUpdate:
         """
         check_client_model(model)
         parameters = trainable(model)
-        shapes = [parameter.shape for parameter in parameters.values()]
-        if tuple(parameters) != self.parameter_names or shapes != [
-            gradient.shape for gradient in self.gradients
-        ]:
-            raise UpdateError(
-                f"The update's {len(self.gradients)} gradients do not fit the model's {len(shapes)} parameters: it is from another "
-                "architecture. Pass the model that the client trained."
-            )
-        if model_fingerprint(model) != self.model_fingerprint:
-            raise UpdateError(
-                "The update is from a model with other weights. Pass the very model that the server sent to the client."
-            )
+        needed = zip(parameters, map(described, parameters.values()), strict=True)
+        held = zip_longest(self.parameter_names, map(described, self.gradients))
+        for found, expected in zip_longest(held, needed):
+            if found != expected:
+                raise UpdateError(
+                    f"The update holds {found} where the model has {expected}: it is from another "
+                    "architecture or of another type. Pass the model that the client trained."
+                )
         for name, gradient in zip(self.parameter_names, self.gradients, strict=True):
             if not torch.isfinite(gradient).all():
                 raise UpdateError(
-                    f"The gradient of {name} holds NaN or infinite values; an attack needs finite ones. Look at the client's images, "
-                    "loss and defence."
+                    f"The gradient of {name} holds NaN or infinite values; an attack needs finite "
+                    "ones. Look at the client's images, loss and defence."
                 )
+        if model_fingerprint(model) != self.model_fingerprint:
+            raise UpdateError(
+                "The update is from a model with other weights. Pass the very model that the "
+                "server sent to the client."
+            )
 
 
 class Client:
@@ -171,15 +165,16 @@ class Client:
         check_client_model(model)
         self.model = model
 
+    @torch.enable_grad()
     def share(
         self,
         batch: LabeledImages,
         *,
-        mode: Literal["eval", "train"] = "eval",
+        mode: Mode = "eval",
         labels: Literal["given", "withheld"] = "given",
         statistics: Literal["shared", "withheld"] = "withheld",
         fedavg: FedAvg | None = None,
-        defenses: Sequence = (),
+        defenses: Sequence[Callable[..., SharedUpdate]] = (),
     ) -> SharedUpdate:
         """The update of `batch`: FedSGD's one gradient of the mean cross-entropy, or
         with `fedavg` what local training changes.
@@ -187,22 +182,25 @@ class Client:
         `labels`: "given" also shares the labels, which is what most attacks in the
         literature assume; "withheld" leaves the attacker to infer them. `statistics`:
         "shared" gives away the private batch's BatchNorm statistics. `defenses` (see
-        `gipip.defenses`) are applied in their order. Raises LabelError for a label
-        outside the model's classes, ModelError when the model cannot take the images.
+        `gipip.federation.defenses`) are applied in their order. Raises ModelError when
+        the model cannot take the images, LabelError for a label outside its classes,
+        DataError for a batch that is none, DefenseError for defences that are not in a
+        list, UpdateError for other values of the options.
         """
-        model = copy.deepcopy(
-            self.model
-        ).eval()  # a copy: train mode would move the running statistics
-        device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-        images, targets = batch.images.to(device, dtype), batch.labels.to(device)
-        _check_labels(targets, _classes(model, images))
+        _check_choice("mode", mode, "eval", "train")
+        _check_choice("labels", labels, "given", "withheld")
+        _check_choice("statistics", statistics, "shared", "withheld")
+        check_parts(batch, defenses, fedavg)
+        model = copy.deepcopy(self.model)  # train mode would move the running statistics
         model.train(mode == "train")
+        parameter = next(model.parameters())
+        images, targets = batch.images.to(parameter), batch.labels.to(parameter.device)
+        _check_labels(targets, count_classes(model, images[:2]))
         with torch.no_grad(), batch_statistics(model) as found:
             if statistics == "shared":
                 model(images)
-        gradients = local_update(
-            model.network, trainable(model.network), model.normalize(images), targets, fedavg
-        )
+        inputs = model.normalize(images)
+        gradients = local_update(model.network, trainable(model.network), inputs, targets, fedavg)
         update = SharedUpdate(
             gradients=tuple(gradient.detach() for gradient in gradients),
             parameter_names=tuple(trainable(model)),
@@ -219,94 +217,37 @@ class Client:
         return update
 
 
-def train_federated(
-    model: ClientModel,
-    images: LabeledImages,
-    *,
-    steps: int,
-    batch_size: int = 32,
-    learning_rate: float = 0.05,
-    defenses: Sequence = (),
-    seed: int = 0,
-    store: Path | str | None = None,
-) -> ClientModel:
-    """A copy of `model` trained by FedSGD on what clients share under `defenses`, in
-    eval mode: what a defence leaves of its use.
-
-    Each step a client with `batch_size` random images shares its update and the server
-    takes a step of SGD with momentum 0.9, its rate falling to zero along a cosine.
-    BatchNorm is in eval mode while clients compute, as DP-SGD needs it; its running
-    statistics are set anew from 200 of the images every 20 steps, and from all of them
-    in the end. So that this does not diverge, the server scales every update down to a
-    norm of at most 1. With a `store` (a folder) a finished training of the same model
-    and settings on the same images is loaded instead of repeated.
-    """
-    settings = {
-        "steps": steps,
-        "batch size": batch_size,
-        "learning rate": learning_rate,
-        "seed": seed,
-    }
-    settings |= {
-        "model": model_fingerprint(model),
-        "data": images.fingerprint,
-        "defenses": [defense.model_dump() for defense in defenses],
-    }
-    path = (
-        Path(store) / "clients" / f"{fingerprint({}, canonical_json(settings))[:24]}.safetensors"
-        if store
-        else None
-    )
-    model = copy.deepcopy(model).to(
-        memory_format=torch.channels_last
-    )  # convnet16 takes a fifth less time on a CPU
-    if path and path.exists():
-        model.load_state_dict(read_tensors(path)[0])
-        return model.eval()
-    require_time()
-    parameters = tuple(trainable(model).values())
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    for step in progress(range(steps), description="training", unit="step"):
-        if step % 20 == 0:
-            _set_statistics(model, images[torch.randperm(len(images), generator=generator)[:200]])
-        update = Client(model).share(
-            images[torch.randint(len(images), (batch_size,), generator=generator)],
-            defenses=defenses,
+def _check_choice(option: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise UpdateError(
+            f"Unknown {option}={value!r}. Expected {' or '.join(map(repr, choices))}."
         )
-        for parameter, gradient in zip(parameters, update.gradients, strict=True):
-            parameter.grad = gradient
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-    _set_statistics(model, images)
-    if path:
-        write_tensors(path, model.state_dict(), settings)
-    return model
 
 
-def _set_statistics(model: ClientModel, images: LabeledImages) -> None:
-    update_bn([images[rows].images for rows in torch.arange(len(images)).split(200)], model)
-    model.eval()
+def check_parts(batch: object, defenses: object, fedavg: object = None) -> None:
+    """Raise DataError, DefenseError or UpdateError unless a client can share an update on
+    `batch` under a list of `defenses`, after the local training `fedavg`, if any.
+    """
+    if not isinstance(batch, LabeledImages) or not len(batch):
+        raise DataError(f"Expected a batch of gipip.LabeledImages; got {described(batch)}.")
+    if not isinstance(defenses, Sequence) or not all(map(_is_defense, defenses)):
+        raise DefenseError(f"Expected a list, such as defenses=[defence]; got {defenses!r}.")
+    if not isinstance(fedavg, FedAvg | None):
+        raise UpdateError(f"Expected gipip.FedAvg(steps=…) as fedavg; got {fedavg!r}.")
 
 
-@torch.no_grad()
-def _classes(model: ClientModel, images: Float[Tensor, "batch 3 height width"]) -> int:
-    """How many classes the model knows, found with the first image."""
-    try:
-        return model(images[:1]).shape[1]
-    except RuntimeError as error:
-        raise ModelError(
-            f"The model cannot take a batch of shape {tuple(images.shape)} ({error}). Build it for images of this size: "
-            f"build_model(…, image_size={images.shape[-1]})."
-        ) from error
+def _is_defense(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)  # a class still lacks its settings
 
 
 def _check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:
+    if labels.dtype != torch.int64:
+        raise LabelError(
+            f"The labels are {labels.dtype}; expected int64 class indices: labels.long()."
+        )
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise LabelError(
-            f"Label {int(wrong[0])} is out of range: the model has {classes} classes, so labels go from 0 to {classes - 1}. "
-            "Build the model with num_classes of your data."
+            f"Label {int(wrong[0])} is out of range: the model has {classes} classes, so labels "
+            f"go from 0 to {classes - 1}. Build the model with num_classes of your data."
         )

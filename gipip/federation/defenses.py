@@ -3,10 +3,10 @@ order; their labels are shared with the update.
 """
 
 import copy
-import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy
@@ -18,8 +18,31 @@ from torch import Tensor, nn
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DefenseError
 from gipip.federation.client import SharedUpdate, local_update
-from gipip.federation.models import ClientModel, last_linear, trainable
+from gipip.federation.models import ClientModel, Images, last_linear, mixes_images, trainable
 from gipip.files import fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Private:
+    """What only the client has: the model and the batch that it computed an update with."""
+
+    model: ClientModel | None
+    batch: LabeledImages | None
+
+    def recall(self, update: SharedUpdate) -> tuple[ClientModel, Images, Int[Tensor, "batch"]]:
+        """A copy of the model in the update's mode, the normalised images and their
+        labels. DefenseError when they are missing or not those of `update`.
+        """
+        if self.model is None or self.batch is None or len(self.batch) != update.batch_size:
+            raise DefenseError(
+                "This defence needs the model and the batch that the update was computed with: "
+                "defense(update, model=…, batch=…)."
+            )
+        update.check(self.model)
+        model = copy.deepcopy(self.model).train(update.mode == "train")
+        parameter = next(model.parameters())
+        images = self.batch.images.to(parameter)
+        return model, model.normalize(images), self.batch.labels.to(parameter.device)
 
 
 class Defense(BaseModel):
@@ -45,15 +68,11 @@ class Defense(BaseModel):
         `model`, `batch`: what the client computed the update with. Only Soteria and
         DPSGD need them, and raise DefenseError without.
         """
-        gradients = tuple(self.defend(update, model, batch))
-        return dataclasses.replace(
-            update, gradients=gradients, defenses=(*update.defenses, str(self))
-        )
+        gradients = tuple(self.defend(update, Private(model, batch)))
+        return replace(update, gradients=gradients, defenses=(*update.defenses, str(self)))
 
     @abstractmethod
-    def defend(
-        self, update: SharedUpdate, model: ClientModel | None, batch: LabeledImages | None
-    ) -> Iterable[Tensor]:
+    def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
         """The gradients to share instead of the update's, in the same order and of the
         same shapes.
         """
@@ -73,9 +92,7 @@ class GaussianNoise(Defense):
     std: float = Field(ge=0)
     seed: int = 0
 
-    def defend(
-        self, update: SharedUpdate, model: ClientModel | None, batch: LabeledImages | None
-    ) -> Iterable[Tensor]:
+    def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
         return _with_noise(update.gradients, self.std, self.seed)
 
     def __str__(self) -> str:
@@ -93,14 +110,10 @@ class Sparsification(Defense):
     kind: Literal["sparsification"] = "sparsification"
     sparsity: float = Field(ge=0, lt=1)
 
-    def defend(
-        self, update: SharedUpdate, model: ClientModel | None, batch: LabeledImages | None
-    ) -> Iterable[Tensor]:
+    def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
         for gradient in update.gradients:
-            magnitude = gradient.abs().double()
-            threshold = numpy.quantile(
-                magnitude.cpu().numpy(), self.sparsity
-            )  # torch.quantile takes 16 million entries at most
+            magnitude = gradient.abs().double()  # torch.quantile takes 16 million at most
+            threshold = numpy.quantile(magnitude.cpu().numpy(), self.sparsity)
             yield gradient.masked_fill(magnitude < threshold, 0)
 
     def __str__(self) -> str:
@@ -115,9 +128,7 @@ class Clipping(Defense):
     kind: Literal["clipping"] = "clipping"
     max_norm: float = Field(gt=0)
 
-    def defend(
-        self, update: SharedUpdate, model: ClientModel | None, batch: LabeledImages | None
-    ) -> Iterable[Tensor]:
+    def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
         return _clipped(update.gradients, self.max_norm)
 
     def __str__(self) -> str:
@@ -143,21 +154,21 @@ class Soteria(Defense):
     kind: Literal["soteria"] = "soteria"
     pruned: float = Field(gt=0, lt=1)
 
-    def defend(
-        self, update: SharedUpdate, model: ClientModel | None, batch: LabeledImages | None
-    ) -> Iterable[Tensor]:
-        model, inputs, _ = _recall(self, update, model, batch)
-        layer, classifier = last_linear(model)
-        name = f"{layer}.weight"
-        if name not in update.parameter_names:
+    def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
+        model, inputs, _ = private.recall(update)
+        inputs.requires_grad_()
+        layer, features = last_linear(model.network, inputs)
+        classifier = f"network.{layer}.weight"
+        if classifier not in update.parameter_names:
             raise DefenseError(
-                f"{name} is frozen, so the update holds no gradient that {self} could prune. Let the classifier train."
+                f"{classifier} is frozen, so the update holds no gradient that {self} could "
+                "prune. Let the classifier train."
             )
-        leakage = _leakage(model.network, classifier, inputs)
+        leakage = _leakage(features, inputs)
         mask = torch.ones_like(leakage)
         mask[leakage.topk(round(self.pruned * len(leakage))).indices] = 0
-        for parameter, gradient in zip(update.parameter_names, update.gradients, strict=True):
-            yield gradient * mask if parameter == name else gradient
+        for name, gradient in zip(update.parameter_names, update.gradients, strict=True):
+            yield gradient * mask if name == classifier else gradient
 
     def __str__(self) -> str:
         return f"Soteria {100 * self.pruned:g} %"
@@ -179,19 +190,19 @@ class DPSGD(Defense):
     noise_multiplier: float = Field(ge=0)
     seed: int = 0
 
-    def defend(
-        self, update: SharedUpdate, model: ClientModel | None, batch: LabeledImages | None
-    ) -> Iterable[Tensor]:
+    def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
         if update.defenses:
             raise DefenseError(
-                f"{self} computes the gradients anew, which would undo {', '.join(update.defenses)}. Apply it first."
+                f"{self} computes the gradients anew, which would undo "
+                f"{', '.join(update.defenses)}. Apply it first."
             )
-        if update.mode == "train" or update.fedavg is not None:
+        model, inputs, labels = private.recall(update)
+        if update.fedavg or mixes_images(model, update.mode):
             raise DefenseError(
-                f"{self} needs a gradient of each single image: BatchNorm in train mode mixes the images, local training the steps. "
-                "Share with mode='eval' and without fedavg."
+                f"{self} needs a gradient of each single image: BatchNorm on batch statistics "
+                "mixes the images, local training the steps. Share with mode='eval' and without "
+                "fedavg, from a model whose BatchNorm keeps running statistics."
             )
-        model, inputs, labels = _recall(self, update, model, batch)
         parameters = trainable(model.network)
         total = [torch.zeros_like(gradient) for gradient in update.gradients]
         for image, label in zip(inputs.split(1), labels.split(1), strict=True):
@@ -208,15 +219,17 @@ class DPSGD(Defense):
         An upper bound, by Opacus's Rényi accountant. It speaks of the gradients: what
         is shared beside them is not covered.
         """
-        if steps < 1 or not 0 < sample_rate <= 1 or not 0 < delta < 1:
-            given = f"steps={steps}, sample_rate={sample_rate}, delta={delta}"
+        if not (1 <= steps < math.inf and 0 < sample_rate <= 1 and 0 < delta < 1):
             raise DefenseError(
-                f"There is no ε for {given}. Expected steps ≥ 1, sample_rate in (0, 1] and delta in (0, 1)."
+                f"There is no ε for {steps=}, {sample_rate=}, {delta=}. Expected steps ≥ 1, "
+                "sample_rate in (0, 1] and delta in (0, 1)."
             )
         if self.noise_multiplier == 0:
             return math.inf
-        from opacus.accountants import RDPAccountant  # takes seconds, and few need it
-
+        try:
+            from opacus.accountants import RDPAccountant  # takes seconds, and few need it
+        except ImportError as error:
+            raise DefenseError('ε needs Opacus: pip install "gipip[dp]".') from error
         accountant = RDPAccountant()
         accountant.history = [(self.noise_multiplier, sample_rate, steps)]
         return float(accountant.get_epsilon(delta))
@@ -235,9 +248,8 @@ def _with_noise(gradients: Sequence[Tensor], std: float, seed: int) -> Iterator[
     """The gradients plus noise from N(0, std²), drawn in float32 on the CPU, from a
     generator of their own.
     """
-    digest = fingerprint(
-        {str(index): gradient for index, gradient in enumerate(gradients)}, f"noise:{seed}"
-    )
+    numbered = {str(index): gradient for index, gradient in enumerate(gradients)}
+    digest = fingerprint(numbered, f"noise:{seed}")
     generator = torch.Generator().manual_seed(int(digest[:16], 16))
     for gradient in gradients:
         yield gradient + std * torch.randn(gradient.shape, generator=generator).to(gradient)
@@ -248,46 +260,16 @@ def _clipped(gradients: Sequence[Tensor], max_norm: float) -> Iterator[Tensor]:
     return (gradient * scale for gradient in gradients)
 
 
-def _recall(
-    defense: Defense, update: SharedUpdate, model: ClientModel | None, batch: LabeledImages | None
-) -> tuple[ClientModel, Float[Tensor, "batch 3 height width"], Int[Tensor, "batch"]]:
-    """What the client computed the update with: a copy of its model in the update's
-    mode, its normalised images and its labels.
-    """
-    if model is None or batch is None:
-        raise DefenseError(
-            f"{defense} needs what the update was computed with: defense(update, model=…, batch=…)."
-        )
-    if len(batch) != update.batch_size:
-        raise DefenseError(
-            f"{defense} got a batch of {len(batch)}, but the update is of {update.batch_size}. Pass the client's batch."
-        )
-    update.check(model)
-    model = copy.deepcopy(model).train(update.mode == "train")
-    parameter = next(model.parameters())
-    return model, model.normalize(batch.images.to(parameter)), batch.labels.to(parameter.device)
-
-
 def _leakage(
-    network: nn.Module,
-    classifier: nn.Linear,
-    inputs: Float[Tensor, "batch 3 height width"],
-    chunk: int = 16,
+    features: Float[Tensor, "batch features"], inputs: Images
 ) -> Float[Tensor, "features"]:
-    """Σ over the images of |rᵢ| / ‖∂rᵢ/∂x‖₂ for each feature i that enters the
-    classifier; `chunk` features are differentiated at once.
-    """
-    entering = []
-    classifier.register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0]))
-    inputs = inputs.detach().requires_grad_()
-    network(inputs)
-    (representation,) = entering
+    """Σ over the images of |rᵢ| / ‖∂rᵢ/∂x‖₂ for each of the features r of the inputs x."""
     norms = []
-    for features in torch.eye(representation.shape[1]).to(representation).split(chunk):
-        chosen = features.unsqueeze(1).expand(-1, *representation.shape)
+    for chosen in torch.eye(features.shape[1]).to(features).split(16):  # at once, for memory
+        directions = chosen.unsqueeze(1).expand(-1, *features.shape)
         (slopes,) = torch.autograd.grad(
-            representation, inputs, chosen, retain_graph=True, is_grads_batched=True
+            features, inputs, directions, retain_graph=True, is_grads_batched=True
         )
         norms.append(slopes.flatten(2).norm(dim=2))
-    magnitude = representation.detach().abs().T
+    magnitude = features.detach().abs().T
     return torch.where(magnitude > 0, magnitude / torch.cat(norms), 0).sum(dim=1)

@@ -1,4 +1,4 @@
-"""The networks of a federated-learning client, and how they are trained to an epoch.
+"""The networks of a federated-learning client, and what may be asked of any of them.
 
 Every model is `ClientModel(normalize, network)`: images in [0, 1] enter, the first
 layer normalises them. Attacks use the two parts apart, because their variable lives in
@@ -7,37 +7,41 @@ normalised space.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
-import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
+from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD
 from gipip.data.download import cache_folder
 from gipip.errors import ModelError
 from gipip.files import DATA, fingerprint, read_tensors
-from gipip.progress import progress
+
+Images = Float[Tensor, "batch 3 height width"]
+Mode = Literal["eval", "train"]
 
 
 class Normalize(nn.Module):
     """(x − mean) / std per channel: maps images in [0, 1] to the network's normalised space."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+    def forward(self, images: Images) -> Images:
         return (images - self.mean) / self.std
 
-    def inverse(
-        self, normalized: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch 3 height width"]:
+    def inverse(self, normalized: Images) -> Images:
         """Back to image space; in [0, 1] for everything inside `box`."""
         return normalized * self.std + self.mean
 
@@ -57,9 +61,7 @@ class ClientModel(nn.Module):
         self.normalize = normalize
         self.network = network
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
         return self.network(self.normalize(images))
 
 
@@ -83,12 +85,16 @@ def build_model(
     leaves the global generator alone.
 
     `name`: "resnet18", "convnet", "convnet16" (half as wide) or "lenet". Raises
-    ModelError for any other.
+    ModelError for any other, for less than one class and for a seed of 2⁶³ or more.
     """
-    if name not in _NETWORKS:
-        known = ", ".join(sorted(_NETWORKS))
+    if num_classes < 1 or abs(seed) >= 2**63:
         raise ModelError(
-            f"Unknown model {name!r}. Known models: {known}. For your own network use gipip.client_model."
+            f"Expected num_classes ≥ 1 and a seed below 2⁶³; got {num_classes}, {seed}."
+        )
+    if name not in _NETWORKS:
+        raise ModelError(
+            f"Unknown model {name!r}. Known models: {', '.join(sorted(_NETWORKS))}. "
+            "For your own network use gipip.client_model."
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
@@ -99,7 +105,9 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     """ResNet18 with the CIFAR stem of the Inverting Gradients code: 3×3 convolution of
     stride 1, no max-pool, Kaiming fan-out.
     """
-    network = torchvision.models.resnet18(num_classes=num_classes)
+    from torchvision.models import resnet18  # takes a second to import, and few need it
+
+    network = resnet18(num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
@@ -111,30 +119,24 @@ def _convnet(num_classes: int, image_size: int, *, width: int = 32) -> nn.Module
     for width 32) and a linear layer.
     """
     widths = [3, width, *[2 * width] * 2, *[4 * width] * 3]
-    layers = []
+    layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        layers += [
-            nn.Conv2d(inputs, outputs, kernel_size=3, padding=1),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-        ]
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
         if index in (2, 5):
-            layers.append(nn.MaxPool2d(kernel_size=3))
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(4 * width * (image_size // 9) ** 2, num_classes)
-    )
+            layers.append(nn.MaxPool2d(3))
+    features = 4 * width * (image_size // 9) ** 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes))
 
 
 def _lenet(num_classes: int, image_size: int) -> nn.Module:
     """The sigmoid LeNet of Deep Leakage from Gradients (Zhu et al. 2019), weights
     uniform in ±0.5.
     """
-    layers = []
+    layers: list[nn.Module] = []
     for inputs, stride in [(3, 2), (12, 2), (12, 1)]:
         layers += [nn.Conv2d(inputs, 12, kernel_size=5, padding=2, stride=stride), nn.Sigmoid()]
-    network = nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(12 * (-(-image_size // 4)) ** 2, num_classes)
-    )
+    features = 12 * (-(-image_size // 4)) ** 2
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes))
     for parameter in network.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
     return network
@@ -157,83 +159,18 @@ def load_model(name: str, dataset: str = "cifar10", epochs: int = 0) -> ClientMo
     Raises ModelError when there is no such model.
     """
     file = f"client-{dataset}-{name}.safetensors"
-    path = next(
-        (folder / file for folder in (DATA, cache_folder()) if (folder / file).exists()), None
-    )
-    tensors, provenance = read_tensors(path) if path else ({}, {})
-    there = sorted(int(epoch) for epoch in provenance.get("accuracy", {}))
+    path = next(filter(Path.exists, (DATA / file, cache_folder() / file)), None)
+    tensors, about = read_tensors(path) if path else ({}, {})
+    there = sorted(map(int, about.get("accuracy", {})))
     if epochs not in there:
         raise ModelError(
-            f"There is no {name!r} trained for {epochs} epochs on {dataset!r} (epochs at hand: {there or 'none'}). "
-            f"Train one: python data/train_client.py {dataset} {name}."
+            f"There is no {name!r} trained for {epochs} epochs on {dataset!r} (epochs at hand: "
+            f"{there or 'none'}). Train one: python data/train_client.py {dataset} {name}."
         )
-    model = build_model(name, provenance["num_classes"], **provenance.get("input", {}))
-    model.load_state_dict(
-        {
-            key.removeprefix(f"{epochs}/"): value
-            for key, value in tensors.items()
-            if key.startswith(f"{epochs}/")
-        }
-    )
+    model = build_model(name, about["num_classes"], **about.get("input", {}))
+    weights = {name: tensors[f"{epochs}/{name}"] for name in model.state_dict()}
+    model.load_state_dict(weights)
     return model
-
-
-def train_client(
-    model: ClientModel,
-    images: LabeledImages,
-    *,
-    epochs: int,
-    batch_size: int = 128,
-    learning_rate: float = 0.05,
-    seed: int = 0,
-) -> Iterator[float]:
-    """Train in place, as a server's global model is: gives the mean training loss after
-    each epoch, with the model in eval mode.
-
-    SGD with momentum 0.9 and weight decay 5e-4, learning rate falling to zero along a
-    cosine, random horizontal flips.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=learning_rate, momentum=0.9, weight_decay=5e-4
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, epochs * (len(images) // batch_size)
-    )
-    for epoch in range(epochs):
-        model.train()
-        losses = []
-        batches = torch.randperm(len(images), generator=generator).split(batch_size)[
-            : len(images) // batch_size
-        ]
-        for rows in progress(batches, description=f"epoch {epoch + 1}/{epochs}"):
-            batch = images[rows]
-            flipped = (torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5).expand_as(
-                batch.images
-            )
-            x = torch.where(flipped, batch.images.flip(3), batch.images).to(
-                device, memory_format=torch.channels_last
-            )
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), batch.labels.to(device))
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        model.eval()
-        yield torch.stack(losses).mean().item()
-
-
-@torch.no_grad()
-def accuracy(model: ClientModel, images: LabeledImages) -> float:
-    """Share of the images that the model, in eval mode, puts in their class; in [0, 1]."""
-    model = copy.deepcopy(model).cpu().eval()
-    predicted = torch.cat(
-        [model(images[rows].images).argmax(dim=1) for rows in torch.arange(len(images)).split(250)]
-    )
-    return (predicted == images.labels).double().mean().item()
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -250,26 +187,88 @@ def model_fingerprint(model: nn.Module) -> str:
     return fingerprint(model.state_dict())
 
 
+def mixes_images(network: nn.Module, mode: Mode) -> bool:
+    """Whether the images of a batch meet in the network, so that its gradient is not the
+    mean of its images' gradients: in BatchNorm in train mode, and in either mode where it
+    keeps no running statistics (track_running_stats=False).
+    """
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    return any(mode == "train" or layer.running_mean is None for layer in layers)
+
+
 def check_client_model(model: nn.Module) -> None:
     """Raise ModelError unless `model` is a ClientModel, whose normalisation an attack
-    can take apart.
+    can take apart, with trainable weights, all float32 or all float64.
     """
     if not isinstance(model, ClientModel):
         raise ModelError(
-            f"The model ({type(model).__name__}) has no normalisation layer that gipip knows. Expected a gipip.ClientModel, whose first "
-            "layer normalises images in [0, 1]. Wrap your network: gipip.client_model(network, mean=(…), std=(…))."
+            f"The model ({type(model).__name__}) has no normalisation layer that gipip knows. "
+            "Wrap your network: gipip.client_model(network, mean=(…), std=(…))."
         )
-
-
-def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and module of the model's classification layer; ModelError when it ends in
-    something else.
-    """
-    layers = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    ]
-    if not layers:
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ModelError("The model's lazy layers have no weights yet. Run it once: model(images).")
+    if not trainable(model):
+        raise ModelError("The model has no trainable parameters. Use model.requires_grad_(True).")
+    types = {parameter.dtype for parameter in model.parameters()}
+    if types not in ({torch.float32}, {torch.float64}):
         raise ModelError(
-            "The model has no linear layer, from whose gradient labels are inferred. Share the labels: Client.share(batch, labels='given')."
+            f"The model's weights are {', '.join(map(str, types))}; expected all float32 or all "
+            "float64. Convert it: model.float()."
         )
-    return layers[-1]
+
+
+@torch.enable_grad()
+def count_classes(model: ClientModel, images: Images) -> int:
+    """How many classes the model tells apart: the width of the logits that a copy of it
+    gives `images`.
+
+    Raises ModelError when it cannot take the images, when what it gives are no logits,
+    or when these do not depend on a trainable parameter.
+    """
+    probe = copy.deepcopy(model)
+    try:
+        logits = probe.network(probe.normalize(images))
+    except Exception as error:  # the network may be anybody's code
+        raise ModelError(
+            f"The model cannot take a batch of shape {tuple(images.shape)} ({error}). Build it "
+            f"for images of this size: build_model(…, image_size={images.shape[-1]})."
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.requires_grad:
+        raise ModelError(
+            f"The network gives {described(logits)}; expected logits, a tensor of shape (images, "
+            "classes) that its trainable parameters differentiate. Wrap it in a module that does."
+        )
+    return logits.shape[1]
+
+
+def described(value: object) -> str:
+    """A tensor by its type and shape, anything else by its class: for messages."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {tuple(value.shape)}"
+
+
+def last_linear(network: nn.Module, inputs: Images) -> tuple[str, Float[Tensor, "batch features"]]:
+    """Name of the linear layer whose output the logits are, and the features that enter
+    it, found by running a copy of the network on `inputs`.
+
+    Raises ModelError when the logits come from something else.
+    """
+    network = copy.deepcopy(network)
+    entered: dict[nn.Module, Tensor] = {}
+    left: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        entered[layer], left[layer] = arguments[0], output.clone()  # ReLU may work in place
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(keep)
+    logits = network(inputs)
+    for name, layer in network.named_modules():
+        if layer in left and torch.equal(left[layer], logits):
+            return name, entered[layer]
+    raise ModelError(
+        "The model's logits do not come straight from a linear layer, from whose gradient labels "
+        "are inferred. Share the labels: Client.share(batch, labels='given')."
+    )

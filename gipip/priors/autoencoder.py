@@ -89,6 +89,9 @@ class AnomalyScore(nn.Module):
             (errors if per == "image" else errors.mean(dim=0, keepdim=True)) - self.offset
         ).abs()
 
+    def check(self, image_shape) -> None:
+        pass
+
     def with_offset(self, offset: float) -> "AnomalyScore":
         """The same autoencoder with another c, e.g. 0, or 0.001 as GI-PIP released it
         for CIFAR-10.

@@ -95,6 +95,9 @@ class GenerativePrior(nn.Module):
     def forward(self, latents: Float[Tensor, "batch latent_size"]) -> Images:
         return self.generator(latents)
 
+    def check(self, image_shape) -> None:
+        pass
+
     @torch.no_grad()
     def sample(self, count: int, seed: int = 0) -> Images:
         """Random images, the same for the same seed."""

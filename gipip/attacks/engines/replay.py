@@ -1,20 +1,19 @@
-"""Whole iterations as one GPU launch: thousands of small kernels cost more to launch
-than to run.
-"""
+"""Whole iterations as one launch on a GPU, where launching small kernels takes most of the time."""
 
 from collections.abc import Callable
 
 import torch
 
+from gipip.attacks.engines.traced import Traced
+
 _WARM_UP = 3  # eager calls before the capture: they create the optimiser's state and cuDNN's plans
 
 
 class Replay:
-    """`step`, captured as a CUDA graph at its fourth call and replayed from then on;
-    every call is one step.
+    """`step`, captured as a CUDA graph at its fourth call and replayed from then on.
 
-    `step` must do the same work on the same tensors each time, without looking at
-    values on the CPU, and return the same tensors.
+    It must do the same work on the same tensors each time, without looking at values on the CPU,
+    and return the same tensors.
     """
 
     def __init__(self, step: Callable[[], dict[str, torch.Tensor]]):
@@ -39,3 +38,10 @@ class Replay:
             result = self.step()
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
+
+
+class Captured(Traced):
+    """The traced gradient, in an attack whose steps are replayed."""
+
+    name = "cudagraph"
+    replayed = Replay

@@ -1,188 +1,238 @@
-"""How an attack computes the client's gradient, which it then differentiates once more.
+"""The client's gradient written out once, as a plain function of the images.
 
-Autograd's double backward ("eager") spends 8 forward passes' worth of multiplications
-an iteration. Written out once as a plain function of the images, the gradient is
-differentiated like any other function ("traced"): the weights are constants there, so 7
-are left, and fewer for a cost that asks only for products with the gradient, which late
-layers then need not form (see `gipip.attacks.derivatives`). That function can be
-compiled ("compiled"), or the whole iteration captured and replayed on a GPU
-("cudagraph", see `gipip.attacks.replay`). All give the same numbers within rounding.
+Autograd's double backward spends 8 forward passes' worth of multiplications an iteration. A
+recording of the gradient is differentiated like any other function: the weights are constants
+there, so 7 are left, and fewer for a cost that asks only for products with the gradient, which
+late layers then need not form (products.py).
 """
 
 import operator
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, NoneType
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.func import functional_call
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from gipip.attacks.engines.derivatives import INSTEAD, Factored, convolution_backward
+from gipip.attacks.engines.derivatives import INSTEAD, convolution_backward
+from gipip.attacks.engines.eager import ClientGradient
+from gipip.attacks.engines.products import PartlyFactored
+from gipip.attacks.objectives import Gradients
 from gipip.errors import EngineError
-from gipip.federation.client import FedAvg, local_update
-
-Engine = Literal["eager", "traced", "compiled", "cudagraph"]
-ClientGradient = Callable[..., tuple[Tensor | Factored, ...]]
-"""Normalised images and their labels (class indices or distributions) → the update that
-a client with these would share.
-
-With `factored=True` some of its tensors may come as `Factored`, for who needs only
-their products with others.
-"""
+from gipip.federation.client import SharedUpdate, local_update
+from gipip.federation.models import ClientModel, mixes_images
 
 _aten = torch.ops.aten
+_RECORDINGS: OrderedDict[Hashable, GraphModule] = OrderedDict()
+_NO_DERIVATIVE = {"aten.native_group_norm_backward.default"}
+_KEPT = 16  # recordings, each a list of operations without weights
+_TOLERANCE = 1e-2  # of the gradient's norm: rounding moves it by far less, another function by more
 
 
-def choose_engine(wanted: str, *, cuda: bool, replayable: bool) -> Engine:
-    """The engine for an attack: the one wanted, or with "auto" the fastest one
-    measured. Raises EngineError when it cannot run here.
-    """
-    if wanted == "auto":
-        return "cudagraph" if cuda and replayable else "traced"
-    if wanted not in get_args(Engine):
-        raise EngineError(
-            f"Unknown engine {wanted!r}. Known engines: auto, {', '.join(get_args(Engine))}."
-        )
-    if wanted == "cudagraph" and not cuda:
-        raise EngineError(
-            "The engine 'cudagraph' needs model and update on an NVIDIA GPU. On a CPU use 'traced'."
-        )
-    if wanted == "cudagraph" and not replayable:
-        raise EngineError(
-            "This attack's optimiser decides on the values it sees: its steps cannot be captured. Use 'traced' or 'eager'."
-        )
-    if wanted == "compiled" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise EngineError(
-            "The engine 'compiled' needs a C++ compiler (g++ or clang++) and none was found. Install one, or use 'traced'."
-        )
-    return wanted
+class Traced(ClientGradient):
+    """Records what `local_update` does at the first call, and checks it against the reference.
 
-
-def client_gradient(
-    network: nn.Module, parameters: Mapping[str, Tensor], fedavg: FedAvg | None, engine: Engine
-) -> ClientGradient:
-    """What `local_update` computes for given images and labels, differentiable with
-    respect to both.
-    """
-    if engine == "eager":
-        return lambda inputs, labels, factored=False: local_update(
-            network, parameters, inputs, labels, fedavg, create_graph=True
-        )
-
-    def update(inputs: Tensor, labels: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        own = dict(
-            zip(parameters, (weight.detach().requires_grad_() for weight in weights), strict=True)
-        )
-        return local_update(network, own, inputs, labels, fedavg, create_graph=True)
-
-    return _WrittenOut(
-        update,
-        laid_out([parameter.detach() for parameter in parameters.values()], engine),
-        engine == "compiled",
-    )
-
-
-def laid_out(weights: Sequence[Tensor], engine: Engine) -> tuple[Tensor, ...]:
-    """Weights, or gradients by them, as the engine reads them fastest: convolutions of
-    oneDNN take a fifth less time with channels last.
-
-    It has none in float64, where PyTorch's own give wrong gradients for some tensors
-    with channels last and several groups (2.14).
-    """
-    if engine != "traced":
-        return tuple(weights)
-    last = (
-        weight.ndim == 4 and weight.dtype == torch.float32 and not weight.is_cuda
-        for weight in weights
-    )
-    return tuple(
-        weight.contiguous(memory_format=torch.channels_last) if it else weight
-        for weight, it in zip(weights, last, strict=True)
-    )
-
-
-class _WrittenOut:
-    """`function(inputs, labels, *constants)` as the line of tensor operations that it
-    runs for inputs of one shape.
+    What cannot be recorded is left to the reference, and `notes` says so.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., tuple[Tensor, ...]],
-        constants: tuple[Tensor, ...],
-        compiled: bool,
-    ):
-        self.function, self.constants, self.compiled = function, constants, compiled
-        self.recorded = {}
+    name = "traced"
 
-    def __call__(
-        self, inputs: Tensor, labels: Tensor, factored: bool = False
-    ) -> tuple[Tensor | Factored, ...]:
-        return self.record(inputs, labels, factored)(inputs, labels, *self.constants)
+    def __init__(self, model: ClientModel, update: SharedUpdate, chunk_size: int | None = None):
+        super().__init__(model, update)
+        if chunk_size is not None:
+            _check_chunks(chunk_size, model, update)
+        self.chunk_size = chunk_size
+        self.fixed = _fixed(self.network)
+        self.constants = [*self.laid_out(list(self.parameters.values())), *self.fixed.values()]
+        self.recordings: dict[Hashable, GraphModule] = {}
 
-    def record(
-        self, inputs: Tensor, labels: Tensor, factored: bool = False
-    ) -> Callable[..., tuple[Tensor | Factored, ...]]:
-        """The operations for inputs of these shapes, recorded at the first call."""
-        factored = factored and not self.compiled
-        kind = (inputs.shape, labels.shape, labels.dtype, factored)
-        if kind not in self.recorded:
-            plain = (
-                tensor.detach().contiguous() for tensor in (inputs, labels, *self.constants)
-            )  # as the network may take for granted
-            recorded = make_fx(self.function)(*plain)
-            for node in recorded.graph.nodes:
-                node.target = INSTEAD.get(node.target, node.target)
-                if (
-                    node.target is _aten.alias.default
-                ):  # what `detach` leaves in a recording: the same tensor
-                    node.replace_all_uses_with(node.args[0])
-                    recorded.graph.erase_node(node)
-            if factored:
-                _leave_factored(recorded.graph)
-            recorded.graph.eliminate_dead_code()
-            recorded.recompile()
-            self.recorded[kind] = (
-                torch.compile(recorded, dynamic=False) if self.compiled else recorded
+    def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
+        if self.name == "eager":
+            return self.reference(images, labels)
+        try:
+            if self.chunk_size:
+                return self._in_chunks(images, labels, self.chunk_size)
+            return PartlyFactored(self._recording(images, labels)(images, labels, *self.constants))
+        except _NotRecorded as problem:
+            self.name = "eager"  # type: ignore[misc]
+            self.notes = (f"computed by the engine 'eager': {problem}",)
+            return self.reference(images, labels)
+
+    def laid_out(self, gradients: Sequence[Tensor]) -> Gradients:
+        """With channels last, with which convolutions of oneDNN take a fifth less time.
+
+        Not in float64, where PyTorch's own convolutions give wrong gradients for some tensors with
+        channels last and several groups (2.14).
+        """
+        return Gradients(_channels_last(gradient.detach()) for gradient in gradients)
+
+    def _recording(self, images: Tensor, labels: Tensor) -> GraphModule:
+        """The operations for inputs of these shapes, perhaps recorded by an earlier attack."""
+        kind = (images.shape, images.dtype, images.device, labels.shape, labels.dtype)
+        if kind not in self.recordings:
+            key = (kind, self.fedavg, _structure(self.network))
+            recording = _RECORDINGS.get(key)
+            if recording is None or not self._agrees(recording, images, labels):
+                recording = _RECORDINGS[key] = self._record_differentiable(images, labels)
+                if not self._agrees(recording, images, labels):
+                    raise _NotRecorded("a recording of its operations gives another gradient")
+            self.recordings[kind] = recording
+            _RECORDINGS.move_to_end(key)
+            if len(_RECORDINGS) > _KEPT:
+                _RECORDINGS.popitem(last=False)
+        return self.recordings[kind]
+
+    def _record_differentiable(self, images: Tensor, labels: Tensor) -> GraphModule:
+        """Of the kernels that PyTorch takes for a first derivative, unless one of them has no
+        derivative itself (group normalisation's): then of those it takes for a second.
+        """
+        recording = self._record(images, labels, create_graph=False)
+        if not any(str(node.target) in _NO_DERIVATIVE for node in recording.graph.nodes):
+            return recording
+        return self._record(images, labels, create_graph=True)
+
+    def _record(self, images: Tensor, labels: Tensor, create_graph: bool) -> GraphModule:
+        """`local_update` for any images, labels, parameters and all else that the network holds."""
+
+        def update(images: Tensor, labels: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
+            count = len(self.parameters)
+            network = _Holding(self.network, dict(zip(self.fixed, constants[count:], strict=True)))
+            weights = (weight.detach().requires_grad_() for weight in constants[:count])
+            parameters = dict(zip(map(network.name_of, self.parameters), weights, strict=True))
+            return local_update(network, parameters, images, labels, self.fedavg, create_graph)
+
+        plain = [tensor.detach().contiguous() for tensor in (images, labels, *self.constants)]
+        try:
+            return _rewritten(make_fx(update)(*plain))
+        except Exception as error:  # a network may do anything in its forward pass
+            raise _NotRecorded(f"the network cannot be recorded ({error})") from error
+
+    @torch.no_grad()
+    def _agrees(self, recording: GraphModule, images: Tensor, labels: Tensor) -> bool:
+        """Whether the recording gives the reference's gradient here."""
+        ours = PartlyFactored(recording(images, labels, *self.constants))
+        inputs = images.detach(), labels.detach()
+        with torch.enable_grad():
+            theirs = local_update(self.network, self.parameters, *inputs, self.fedavg)
+        error = Gradients(a - b for a, b in zip(ours, theirs, strict=True)).norm
+        return bool(error <= _TOLERANCE * Gradients(theirs).norm)
+
+    def _in_chunks(self, images: Tensor, labels: Tensor, chunk_size: int) -> Gradients:
+        """The same from at most `chunk_size` images at a time: less memory for up to half as much
+        computation again.
+
+        Exact, because the gradient of a mean is the mean of the gradients, as long as images do not
+        meet in the network. Each chunk is computed again when its derivative is wanted.
+        """
+        parts = []
+        for some, theirs in zip(images.split(chunk_size), labels.split(chunk_size), strict=True):
+            recording, share = self._recording(some, theirs), len(some) / len(images)
+            part = checkpoint(
+                _formed_by, recording, some, theirs, *self.constants, use_reentrant=False
             )
-        return self.recorded[kind]
+            parts.append([share * tensor for tensor in part])
+        return Gradients(sum(tensors[1:], tensors[0]) for tensors in zip(*parts, strict=True))
 
 
-def _leave_factored(graph: Graph) -> None:
-    """Let the gradients of convolutions' weights that are results, and nothing else, be
-    `Factored` where that pays.
-    """
+def _formed_by(recording: GraphModule, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return PartlyFactored(recording(*inputs)).tensors
+
+
+class _NotRecorded(Exception):
+    """The network is left to the reference; the message says why."""
+
+
+class _Holding(nn.Module):
+    """A network with other buffers and frozen parameters than its own, given by name."""
+
+    def __init__(self, network: nn.Module, fixed: Mapping[str, Tensor]):
+        super().__init__()
+        self.network, self.fixed = network, fixed
+
+    @staticmethod
+    def name_of(parameter: str) -> str:
+        return f"network.{parameter}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional_call(self.network, dict(self.fixed), (images,))
+
+
+def _fixed(network: nn.Module) -> dict[str, Tensor]:
+    """All that a network holds and a client does not train."""
+    frozen = {n: p.detach() for n, p in network.named_parameters() if not p.requires_grad}
+    return dict(network.named_buffers()) | frozen
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    if weight.ndim == 4 and weight.dtype == torch.float32 and not weight.is_cuda:
+        return weight.contiguous(memory_format=torch.channels_last)
+    return weight
+
+
+def _rewritten(recorded: GraphModule) -> GraphModule:
+    """The recording with the derivatives of derivatives.py, and without what nobody needs."""
+    graph = recorded.graph
+    for node in graph.nodes:
+        node.target = INSTEAD.get(node.target, node.target)
+        if node.target is _aten.alias.default:  # what `detach` leaves: the same tensor
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     for gradient in graph.output_node().all_input_nodes:
         if gradient.target is operator.getitem and len(gradient.users) == 1:
             backward, index = gradient.args
-            if backward.target is convolution_backward and index == 1:
+            if backward.target is convolution_backward and index == 1:  # by the weight, a result
                 backward.update_kwarg("factored", True)
+    graph.eliminate_dead_code()
+    recorded.recompile()
+    return recorded
 
 
-def in_chunks(gradient: _WrittenOut, chunk_size: int) -> ClientGradient:
-    """The same gradient of a mean loss from at most `chunk_size` images at a time: less
-    memory for up to half as much computation again.
+def _structure(network: nn.Module) -> Hashable:
+    """What the operations of a network depend on, its numbers apart: equal for equal recordings.
 
-    Exact, because the gradient of a mean is the mean of the gradients, as long as
-    images do not meet in the network (BatchNorm in eval mode). Each chunk is computed a
-    second time when its derivative is wanted.
+    Classes, attributes, hooks, names and kinds of tensors. Unique when an attribute is of a kind
+    that cannot be compared by value.
     """
+    kept = {"_parameters", "_buffers", "_modules"}
+    try:
+        modules = tuple(
+            (path, type(module), _frozen({n: v for n, v in vars(module).items() if n not in kept}))
+            for path, module in network.named_modules()
+        )
+    except TypeError:
+        return object()
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    kinds = ((n, t.shape, t.dtype, t.device, t.requires_grad) for n, t in tensors)
+    return (modules, tuple(kinds))
 
-    def chunked(inputs: Tensor, labels: Tensor, factored: bool = False) -> tuple[Tensor, ...]:
-        total = None
-        for some, theirs in zip(inputs.split(chunk_size), labels.split(chunk_size), strict=True):
-            part = checkpoint(
-                gradient.record(some, theirs),
-                some,
-                theirs,
-                *gradient.constants,
-                use_reentrant=False,
-            )
-            part = [len(some) / len(inputs) * tensor for tensor in part]
-            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
-        return tuple(total)
 
-    return chunked
+def _frozen(value) -> Hashable:
+    """A hashable form of a value made of plain ones; TypeError for any other."""
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if isinstance(value, Mapping):
+        return tuple((_frozen(key), _frozen(entry)) for key, entry in value.items())
+    if isinstance(value, tuple | list):
+        return (type(value), *map(_frozen, value))
+    if isinstance(value, set | frozenset) and not value:
+        return type(value)
+    raise TypeError(f"{type(value).__name__} cannot be compared by value")
+
+
+_PLAIN = (
+    *(bool, int, float, str, NoneType, type, torch.dtype, torch.device),
+    *(FunctionType, BuiltinFunctionType),
+)
+
+
+def _check_chunks(chunk_size: int, model: ClientModel, update: SharedUpdate) -> None:
+    if chunk_size < 1 or update.fedavg or mixes_images(model.network, update.mode):
+        raise EngineError(
+            f"The gradient cannot be taken in chunks of {chunk_size}: that needs a number above 0, "
+            "one gradient rather than local training, and BatchNorm in eval mode with running "
+            "statistics. Leave out chunk_size."
+        )

@@ -1,0 +1,44 @@
+"""Autograd's double backward: the reference for every other engine."""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from gipip.attacks.objectives import Gradients
+from gipip.errors import EngineError
+from gipip.federation.client import SharedUpdate, local_update
+from gipip.federation.models import ClientModel, trainable
+
+
+class ClientGradient:
+    """Normalised images and their labels (class indices or distributions) → the update that a
+    client with these would share, differentiable with respect to both.
+
+    `notes`: what the user should know about how it is computed.
+    """
+
+    name: ClassVar[str] = "eager"
+    replayed: Callable | None = None  # makes a step of the attack one that does the same, faster
+
+    def __init__(self, model: ClientModel, update: SharedUpdate, chunk_size: int | None = None):
+        if chunk_size is not None:
+            raise EngineError("The engine 'eager' takes no chunk_size. Use 'traced'.")
+        self.network, self.fedavg = model.network, update.fedavg
+        self.parameters = trainable(model.network)
+        self.notes: tuple[str, ...] = ()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
+        return self.reference(images, labels)
+
+    def reference(self, images: Tensor, labels: Tensor) -> Gradients:
+        """The same by the double backward."""
+        parameters = self.parameters
+        found = local_update(
+            self.network, parameters, images, labels, self.fedavg, create_graph=True
+        )
+        return Gradients(found)
+
+    def laid_out(self, gradients: Sequence[Tensor]) -> Gradients:
+        """A shared update's gradients as they are compared fastest with those computed here."""
+        return Gradients(gradients)

@@ -1,0 +1,124 @@
+"""What an attack sees, and what it gives."""
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Self, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gipip.attacks.engines import ClientGradient, client_gradient
+from gipip.attacks.loop import Variables
+from gipip.attacks.objectives import Gradients
+from gipip.errors import BatchSizeError, LabelError
+from gipip.federation.client import SharedUpdate
+from gipip.federation.models import ClientModel
+
+Prior = TypeVar("Prior", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What an attack recovered, and how.
+
+    `images`: float32 in [0, 1], shape (batch, 3, height, width), on the CPU. `labels`: given,
+    inferred or optimised ones, as `assumptions` says. `history`: for each weighted term of the cost
+    its value before every iteration and after the last, shape (iterations + 1,); the cost is their
+    sum. `restart_costs`: the attacker-visible cost of each restart's result; the lowest is
+    returned. `returned`: which iterate the images are. `engine`: how the gradient was computed.
+    `interrupted`: whether the user stopped it before its last iteration. `notes`: what went wrong
+    on the way (non-finite costs, interruption).
+    """
+
+    images: Float[Tensor, "batch 3 height width"]
+    labels: Int[Tensor, "batch"]
+    history: dict[str, Float[Tensor, "evaluations"]]
+    cost: float
+    restart_costs: tuple[float, ...]
+    returned: str
+    assumptions: dict[str, str]
+    seconds: float
+    engine: str = "eager"
+    interrupted: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class View:
+    """All that an attack works with.
+
+    `gradients(images, labels)`: what a client with these normalised images and labels (class
+    indices or distributions) would share, differentiable. `target`: what the client did share, g*.
+    `labels`: None if the attack optimises them. `start`: what an earlier stage found, for the next.
+    """
+
+    model: ClientModel
+    update: SharedUpdate
+    gradients: ClientGradient
+    target: Gradients
+    labels: Int[Tensor, "batch"] | None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    placed: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    start: Variables = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: ClientModel,
+        update: SharedUpdate,
+        engine: str = "auto",
+        replayable: bool = True,
+        chunk_size: int | None = None,
+    ) -> Self:
+        """That of `update`, with the labels that came with it. Raises LabelError, BatchSizeError
+        or EngineError.
+        """
+        model = copy.deepcopy(model).train(update.mode == "train")  # running statistics would move
+        gradients = client_gradient(model, update, engine, replayable, chunk_size)
+        target = gradients.laid_out(update.gradients)
+        view = cls(model, update, gradients, target, update.labels)
+        _check_labels(view)
+        return view
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the candidate images."""
+        return (self.update.batch_size, *self.update.image_shape)
+
+    @cached_property
+    def classes(self) -> int:
+        """How many the model knows."""
+        with torch.no_grad():
+            return self.model(torch.zeros(self.shape).to(self.target[0])).shape[1]
+
+    def place(self, prior: Prior) -> Prior:
+        """A copy of a prior on the attack's device and in its precision, made once."""
+        if prior not in self.placed:
+            self.placed[prior] = copy.deepcopy(prior).to(self.target[0])
+        return self.placed[prior]  # type: ignore[return-value]
+
+    def randn(self, *shape: int) -> Tensor:
+        """Standard normal numbers from the attack's own generator, the same on every device."""
+        return torch.randn(*shape, generator=self.generator).to(self.target[0])
+
+    def images(self, normalized: Tensor) -> Float[Tensor, "batch 3 height width"]:
+        """The candidate in image space, clamped to [0, 1]."""
+        return self.model.normalize.inverse(normalized).clamp(0, 1)
+
+
+def _check_labels(view: View) -> None:
+    labels, images = view.labels, view.update.batch_size
+    if labels is None:
+        return
+    if len(labels) != images:
+        raise BatchSizeError(
+            f"The update is of {images} images but {len(labels)} labels came with it. "
+            "Expected one label an image."
+        )
+    if ((labels < 0) | (labels >= view.classes)).any():
+        raise LabelError(
+            f"The update's labels {labels.tolist()} are out of range: the model has "
+            f"{view.classes} classes, 0 to {view.classes - 1}."
+        )

@@ -1,0 +1,160 @@
+"""README and docs: links lead somewhere, names and commands exist, examples run, and every
+measured number stands in a generated section.
+"""
+
+import ast
+import importlib
+import re
+import tomllib
+from pathlib import Path
+
+import pandas
+import pytest
+import typer
+
+import gipip
+from gipip.cli import app
+from gipip.experiments.claims import write_readme_section
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = r"^<!-- \w+: written by .*?^<!-- end of \w+ -->$"
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The text of the page's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    """The page without generated sections and without code blocks."""
+    text = re.sub(GENERATED, "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that GitHub gives to the page's headings."""
+    headings = re.findall(r"^#+ (.*)", prose(page), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {word.replace(" ", "-") for word in words}
+
+
+@EACH_PAGE
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{link} leads nowhere"
+        assert not heading or heading in anchors(target), f"{link} leads to no heading"
+
+
+@EACH_PAGE
+def test_every_file_that_is_named_exists(page):
+    named = re.findall(
+        r"`((?:gipip|data|docs|figures|benchmarks|notebooks|tests)/[\w./%-]*)`", prose(page)
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@EACH_PAGE
+def test_every_name_of_the_library_exists(page):
+    for name in set(re.findall(r"(?<![/\w])gipip(?:\.[A-Za-z_]\w*)+", page.read_text())):
+        found = gipip
+        for index, part in enumerate(name.split(".")[1:], start=1):
+            if not hasattr(found, part):
+                importlib.import_module(".".join(name.split(".")[: index + 1]))
+            found = getattr(found, part)
+
+
+@EACH_PAGE
+def test_every_example_in_python_is_well_formed(page):
+    for block in blocks(page, "python"):
+        ast.parse(block)
+
+
+@EACH_PAGE
+def test_every_command_and_its_options_exist(page):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = typer.main.get_command(app).commands
+    code = "\n".join([*blocks(page, "sh"), *re.findall(r"`([^`\n]+)`", prose(page))])
+    assert set(re.findall(r"\bmake ([a-z]+)$", code, re.MULTILINE)) <= targets
+    for command, rest in re.findall(r"\bgipip ([a-z][a-z0-9-]*)([^\n;]*)", code):
+        options = {option for given in commands[command].params for option in given.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options, f"gipip {command}{rest}"
+
+
+@EACH_PAGE
+def test_every_extra_exists(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r"pip install '\.\[(\w+)\]'", page.read_text())
+    assert set(extras) <= set(project["optional-dependencies"])
+
+
+MEASURED = re.compile(
+    r"\d+(?:[.,]\d+)?[  ]?(?:dB|%|ms|s|seconds?|minutes?|hours?|[GM]i?B|×|times)(?!\w)|[+−]\d"
+)
+GIVEN = {  # what the paper reports, the settings of an experiment and the conventions of statistics
+    "16.12 dB",
+    "3.8 %",
+    "95 %",
+}
+
+
+@EACH_PAGE
+def test_measured_numbers_stand_in_generated_sections_only(page):
+    text = re.sub(r"\d+×\d+", "", prose(page))  # sizes of images
+    assert set(MEASURED.findall(text)) <= GIVEN
+
+
+@EACH_PAGE
+def test_a_page_has_a_title_and_says_at_once_what_it_answers(page):
+    title, empty, first, *_ = page.read_text().splitlines()
+    assert title.startswith("# ") and not empty
+    assert first.startswith("This page ") or page == README
+
+
+def test_the_index_lists_every_page():
+    linked = re.findall(r"\]\(([\w_]+\.md)\)", (ROOT / "docs" / "index.md").read_text())
+    assert sorted([*linked, "index.md"]) == [page.name for page in PAGES if page != README]
+
+
+def test_the_readme_is_short():
+    assert README.stat().st_size <= 8_000
+
+
+def test_the_ten_lines_of_the_readme_recover_images(tmp_path, monkeypatch, capsys):
+    code = blocks(README, "python")[0]
+    assert len(code.splitlines()) == 10
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("iterations=300", "iterations=3"), {})
+    assert capsys.readouterr().out.count("\n") >= 5, "a row for each of the four images"
+    assert (tmp_path / "recovered.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/claims.md"])
+def test_the_tables_of_claims_are_those_of_the_figures(tmp_path, name):
+    for page in ("README.md", "docs/claims.md"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_bytes((ROOT / page).read_bytes())
+    table = pandas.read_csv(ROOT / "figures" / "claims.csv")
+    assert write_readme_section(tmp_path / "README.md", table)
+    assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_architecture_answers_where_six_things_go():
+    rows = re.findall(
+        r"^\| (an?(?:other)? .*?) \| (.*) \|$",
+        (ROOT / "docs" / "architecture.md").read_text(),
+        re.MULTILINE,
+    )
+    assert [what for what, _ in rows] == [
+        "a new attack",
+        "another distance",
+        "a new defence",
+        "another data set",
+        "a new figure",
+        "another cluster",
+    ]
+    assert all(re.search(r"`gipip/[\w/]+(\.py|/)`", where) for _, where in rows)
