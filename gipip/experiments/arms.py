@@ -103,8 +103,11 @@ def equal_tv(scenarios: Iterable[Scenario], prior: AnomalyScore, **changes) -> l
 
 def labelled(column: str, named: Mapping[Any, Results]) -> pandas.DataFrame:
     """The frames of named results, one below the other, with the name in a `column`."""
-    frames = {name: part.frame() for name, part in named.items()}
-    return pandas.concat(frames, names=[column]).reset_index(column).reset_index(drop=True)
+    frames = []
+    for name, results in named.items():
+        frames.append(results.frame())
+        frames[-1][column] = name
+    return pandas.concat(frames, ignore_index=True)
 
 
 def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
