@@ -6,7 +6,7 @@ Commands import the parts of gipip that they need, so that `gipip --help` waits 
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -220,16 +220,21 @@ def attack(
     batch = load_images(images, size)
     client = gipip.build_model(model, max(10, len(batch)), image_size=size)
     client.to("cuda" if torch.cuda.is_available() else "cpu")
-    defenses = [gipip.GaussianNoise(std=noise)] if noise != 0 else []
-    defenses += [gipip.Sparsification(sparsity=sparsity)] if sparsity else []
+    defenses: list = []
+    if noise != 0:
+        defenses.append(gipip.GaussianNoise(std=noise))
+    if sparsity != 0:
+        defenses.append(gipip.Sparsification(sparsity=sparsity))
     settings = {"seed": seed} | ({"iterations": iterations} if iterations else {})
     if sparsity and "masked" in kind.model_fields:
         settings["masked"] = True
-    condition = gipip.Scenario(model=model, batch_size=len(batch), defenses=defenses).condition
+    condition = gipip.Scenario(
+        model=model, batch_size=len(batch), defenses=tuple(defenses)
+    ).condition
     inverter = _tuned_or_default(kind, condition, settings | _prior(kind, prior, size))
     update = gipip.Client(client).share(
         batch,
-        labels=labels,
+        labels=labels,  # type: ignore[arg-type]  # refused if it is none of the two
         statistics="shared" if kind.needs_statistics else "withheld",
         defenses=defenses,
     )
@@ -253,7 +258,7 @@ def _prior(kind: "type[gipip.Attack]", file: Path | None, size: int) -> dict:
 
     if "prior" not in kind.model_fields:
         return {}
-    wanted = kind.model_fields["prior"].annotation
+    wanted: Any = kind.model_fields["prior"].annotation
     if file:
         return {"prior": wanted.load(file)}
     if wanted is gipip.GenerativePrior:
