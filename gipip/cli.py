@@ -11,12 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 import gipip
-from gipip import travel
 from gipip.data.datasets import load_images
 from gipip.data.download import CIFAR10_FILE, cache_folder, download_cifar10
-from gipip.errors import DamagedFileError, DataError, GipipError, OutOfTime
-from gipip.experiments import tuning
-from gipip.experiments.sweep import provenance
+from gipip.errors import DataError, GipipError, OutOfTime
 from gipip.figures import image_grid, save_figure, use_style
 from gipip.files import DATA
 from gipip.reproduce import run
@@ -180,83 +177,6 @@ def reproduce(
         typer.echo(f"Executed notebooks: {finished[0].copy.parent}")
     for folder in sorted({figure.parent for notebook in finished for figure in notebook.figures}):
         typer.echo(f"Figures: {folder}")
-
-
-@app.command()
-def pack(
-    folder: Annotated[Path, typer.Argument(help="New folder for the archives.")],
-    profile: Annotated[
-        str, typer.Option(help="What is to run on the other machine, as for `gipip reproduce`.")
-    ],
-    only: Annotated[
-        list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")
-    ] = [],  # noqa: B006
-    private: PrivateOption = None,
-    auxiliary: AuxiliaryOption = None,
-    wheels: Annotated[
-        list[str],
-        typer.Option(help="Package that the other machine lacks, such as lpips; may be repeated."),
-    ] = [],  # noqa: B006
-    python: Annotated[
-        str | None,
-        typer.Option(help="The other machine's Python, such as 3.12.", show_default="this one's"),
-    ] = None,
-    platform: Annotated[
-        list[str],
-        typer.Option(help="The other machine's, such as manylinux_2_28_x86_64; may be repeated."),
-    ] = [],  # noqa: B006
-    store: Annotated[
-        Path | None, typer.Option(help="Folder of results and of attacks under way to take along.")
-    ] = None,
-    limit: Annotated[float, typer.Option(help="Size of an archive in MiB at most.")] = 60,
-):
-    """Pack what a run needs into archives, for a machine without a network that takes
-    only small uploads.
-    """
-    dataset = _prepared(private, auxiliary).dataset
-    photographs = (
-        None if dataset == "imagenet64" else dataset
-    )  # the 20 that ship are part of the code's archive
-    options = {
-        "photographs": photographs,
-        "wheels": wheels,
-        "python": python,
-        "platforms": platform,
-        "store": store,
-    }
-    archives = travel.pack(folder, profile, only, **options, limit=int(limit * 2**20))
-    for archive in archives:
-        typer.echo(f"{archive.stat().st_size / 2**20:6.1f} MiB  {archive}")
-    typer.echo("On the other machine, in a folder of its own with these archives:")
-    typer.echo('  for archive in gipip-*.tar; do tar -xf "$archive"; done')
-    typer.echo(
-        "  sh run.sh 9m    # as often as its exit code is 75, after unpacking results.tar if the folder is a new one"
-    )
-    typer.echo("Then here, with the file that it wrote:")
-    typer.echo("  gipip collect results.tar")
-
-
-@app.command()
-def collect(
-    sources: Annotated[
-        list[Path],
-        typer.Argument(
-            help="results.tar of another machine, or the folder of its results.", metavar="SOURCE…"
-        ),
-    ],
-    store: Annotated[Path, typer.Option(help="Folder of the results at home.")] = Path("results"),
-):
-    """Bring results and attacks under way home from another machine; nothing damaged is
-    taken, no result overwritten.
-    """
-    found = travel.collect(sources, store)
-    typer.echo(
-        f"{len(found.new)} new, {len(found.known)} known, {len(found.damaged)} damaged: {store}"
-    )
-    if found.damaged:
-        raise DamagedFileError(
-            f"Not taken, because they do not match their checksums: {', '.join(found.damaged)}."
-        )
 
 
 @app.command()
@@ -528,50 +448,3 @@ def _save_prior(
     typer.echo(f"Trained on {prior.provenance['images']:,} images of {dataset.name}.")
     typer.echo(result)
     typer.echo(f"Saved: {prior.save(output)}")
-
-
-@app.command()
-def tune(
-    study: Annotated[str, typer.Argument(help=f"One of {', '.join(tuning.STUDIES)}.")] = "main",
-    iterations: Annotated[
-        int | None,
-        typer.Option(min=1, help="Iterations of each attack.", show_default="the study's"),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes.", show_default="two, or fewer cores")
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(envvar="DASK_SCHEDULER_ADDRESS", help="Of a dask cluster to use instead."),
-    ] = None,
-    prior_file: Annotated[
-        Path | None,
-        typer.Option("--prior", help="Trained autoencoder.", show_default="the one shipped"),
-    ] = None,
-    private: PrivateOption = None,
-    auxiliary: AuxiliaryOption = None,
-    store: Annotated[
-        Path, typer.Option(help="Folder of the results; a second run goes on from there.")
-    ] = Path("results"),
-    output: Annotated[Path, typer.Option(help="File to which the study is added.")] = Path(
-        "results/tuned.json"
-    ),
-):
-    """Choose attack weights on tuning images: up to hours on two cores, minutes on a
-    GPU. What ships is data/tuned.json.
-    """
-    prior = gipip.AnomalyScore.load(prior_file) if prior_file else None
-    options = (
-        {"dataset": _prepared(private, auxiliary).dataset} if study.startswith("imagenet64") else {}
-    )
-    chosen = tuning.study(study, prior, iterations, **options)
-    settings, grid = tuning.tune(chosen, store=store, workers=workers, scheduler=scheduler)
-    priors = {
-        name: arm.attack.prior.fingerprint
-        for name, arm in chosen.arms.items()
-        if hasattr(arm.attack, "prior")
-    }
-    made = {"command": f"gipip tune {study}", "priors": priors, **options, **provenance()}
-    tried = {name: arm.attack.iterations for name, arm in chosen.arms.items()}
-    made |= {"iterations": tried, "criterion": "highest mean PSNR on tuning images"}
-    typer.echo(f"Saved: {tuning.write_tuned(output, study, settings, grid, made)}")

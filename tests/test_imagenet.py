@@ -7,10 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 from torchvision.transforms.functional import to_pil_image
-from typer.testing import CliRunner
 
 from gipip import Scenario, load_dataset, load_generator, load_prior, prepare_imagenet
-from gipip.cli import app
 from gipip.data.imagenet import HASHES, Prepared, shipped_hashes
 from gipip.data.photographs import NEAR, list_folder, near, perceptual_hashes
 from gipip.errors import DamagedFileError, DataError
@@ -155,15 +153,6 @@ def test_folders_are_found_in_the_environment(tmp_path, monkeypatch):
     prepared = prepare_imagenet()
     assert prepared.images == 20
     assert prepared.compared > len(numpy.unique(shipped_hashes()))
-
-
-def test_photographs_found_in_the_environment_travel_too(tmp_path, monkeypatch):
-    folder(tmp_path / "private", range(20))
-    monkeypatch.setenv("GIPIP_DATA", str(tmp_path))
-    packed = CliRunner().invoke(app, ["pack", str(tmp_path / "packed"), "--profile", "smoke"])
-    assert packed.exit_code == 0, packed.output
-    archives = b"".join(path.read_bytes() for path in (tmp_path / "packed").glob("*.tar"))
-    assert f"cache/{prepare_imagenet().dataset}.safetensors".encode() in archives
 
 
 def test_a_prepared_file_from_elsewhere_is_taken_as_it_is(tmp_path, monkeypatch):
