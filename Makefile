@@ -19,10 +19,12 @@ help: ## list the targets
 reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figures/
 	$(BIN)/gipip reproduce --profile cpu
 
-test: $(READY) ## unit and property tests, then every committed notebook through nbval
-	$(BIN)/ruff check gipip tests benchmarks
-	$(BIN)/python -m pytest tests
-	GIPIP_HEADLESS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
+test: $(READY) ## style and types, unit and property tests, then every committed notebook through nbval
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 tests
+	GIPIP_HEADLESS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_quickstart.ipynb
@@ -33,7 +35,7 @@ notebooks: $(READY) ## execute the committed notebooks in place (smoke profile),
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] < (3, 14) else "gipip needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	touch $@
 
 clean: ## remove the environment and all results (figures stay)
