@@ -19,9 +19,9 @@ help: ## list the targets
 reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figures/
 	$(BIN)/gipip reproduce --profile cpu
 
-test: $(READY) ## style and types, unit and property tests, then every committed notebook through nbval
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: $(READY) ## style, types, unit and property tests, then every committed notebook through nbval
+	$(BIN)/ruff check gipip tests benchmarks data
+	$(BIN)/ruff format --check gipip tests benchmarks data
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 tests
 	GIPIP_HEADLESS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
@@ -35,7 +35,7 @@ notebooks: $(READY) ## execute the committed notebooks in place (smoke profile),
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] < (3, 14) else "gipip needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[all]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
 clean: ## remove the environment and all results (figures stay)

@@ -141,6 +141,7 @@ def test_a_batch_too_small_for_batch_norm_in_train_mode_is_refused(data):
         ({"fedavg": 3}, UpdateError, r"Expected gipip.FedAvg\(steps=…\) as fedavg; got 3"),
         ({"defenses": Clipping(max_norm=1)}, DefenseError, "Expected a list.*got Clipping"),
         ({"defenses": ["clip"]}, DefenseError, r"Expected a list.*got \['clip'\]"),
+        ({"defenses": [Clipping]}, DefenseError, "Expected a list.*got .*Clipping"),
         ({"defenses": None}, DefenseError, "Expected a list.*got None"),
     ],
     ids=str,
@@ -618,10 +619,20 @@ def test_a_finished_federated_training_is_loaded_from_the_store_and_another_is_n
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"steps": 0}, {"steps": 1, "batch_size": -1}, {"steps": 1, "learning_rate": float("nan")}],
+    ("settings", "error", "reason"),
+    [
+        ({"steps": 0}, UpdateError, "Expected steps and batch_size ≥ 1"),
+        ({"batch_size": -1}, UpdateError, "Expected steps and batch_size ≥ 1"),
+        ({"learning_rate": float("nan")}, UpdateError, "a positive learning_rate"),
+        ({"seed": 2**64}, UpdateError, "a seed below 2⁶³"),
+        ({"defenses": Clipping(max_norm=1)}, DefenseError, "Expected a list"),
+        ({"images": torch.rand(4, 3, 6, 6)}, DataError, "Expected a batch of gipip.LabeledImages"),
+    ],
     ids=str,
 )
-def test_a_federated_training_that_trains_nothing_is_refused(bright_or_dark, settings):
-    with pytest.raises(UpdateError, match="Expected steps ≥ 1, batch_size ≥ 1 and a positive"):
-        train_federated(in_single_precision(), bright_or_dark, **settings)
+@pytest.mark.usefixtures("unchecked")
+def test_a_federated_training_that_trains_nothing_is_refused(
+    bright_or_dark, settings, error, reason
+):
+    with pytest.raises(error, match=reason):
+        train_federated(in_single_precision(), **{"images": bright_or_dark, "steps": 1} | settings)

@@ -115,6 +115,12 @@ def test_an_unknown_model_is_refused_with_the_known_ones():
         build_model("vgg")
 
 
+@pytest.mark.parametrize("setting", [{"num_classes": 0}, {"seed": 2**63}, {"seed": -(2**63)}])
+def test_a_model_of_no_class_or_a_seed_too_large_is_refused(setting):
+    with pytest.raises(ModelError, match=f"got.*{next(iter(setting.values()))}"):
+        build_model("lenet", **setting)
+
+
 def test_the_normalisation_layer_equals_torchvisions_normalize():
     images = torch.rand(4, 3, 8, 8)
     torch.testing.assert_close(

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
-from torchvision.models import ResNet18_Weights
 
 from gipip.data.download import CIFAR10_FILE, cache_folder
 from gipip.data.photographs import Photographs, decode, list_folder, read
@@ -373,6 +372,8 @@ def _imagenet64(name: str) -> Dataset:
         f"{pool}_pool": LabeledImages(*(tensors[f"{pool}_{part}"] for part in _PARTS))
         for pool in ("tuning", "private")
     }
+    from torchvision.models import ResNet18_Weights  # takes a second to import
+
     classes = tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     return Dataset(
         name,

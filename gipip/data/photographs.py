@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, UInt8, UInt64
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import functional
 
 from gipip.errors import DataError
 from gipip.progress import progress

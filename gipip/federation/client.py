@@ -190,7 +190,7 @@ class Client:
         _check_choice("mode", mode, "eval", "train")
         _check_choice("labels", labels, "given", "withheld")
         _check_choice("statistics", statistics, "shared", "withheld")
-        _check_parts(batch, fedavg, defenses)
+        check_parts(batch, defenses, fedavg)
         model = copy.deepcopy(self.model)  # train mode would move the running statistics
         model.train(mode == "train")
         parameter = next(model.parameters())
@@ -224,13 +224,20 @@ def _check_choice(option: str, value: str, *choices: str) -> None:
         )
 
 
-def _check_parts(batch: object, fedavg: object, defenses: object) -> None:
+def check_parts(batch: object, defenses: object, fedavg: object = None) -> None:
+    """Raise DataError, DefenseError or UpdateError unless a client can share an update on
+    `batch` under a list of `defenses`, after the local training `fedavg`, if any.
+    """
     if not isinstance(batch, LabeledImages) or not len(batch):
         raise DataError(f"Expected a batch of gipip.LabeledImages; got {described(batch)}.")
+    if not isinstance(defenses, Sequence) or not all(map(_is_defense, defenses)):
+        raise DefenseError(f"Expected a list, such as defenses=[defence]; got {defenses!r}.")
     if not isinstance(fedavg, FedAvg | None):
         raise UpdateError(f"Expected gipip.FedAvg(steps=…) as fedavg; got {fedavg!r}.")
-    if not isinstance(defenses, Sequence) or not all(map(callable, defenses)):
-        raise DefenseError(f"Expected a list, such as defenses=[defence]; got {defenses!r}.")
+
+
+def _is_defense(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)  # a class still lacks its settings
 
 
 def _check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:

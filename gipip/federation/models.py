@@ -85,8 +85,12 @@ def build_model(
     leaves the global generator alone.
 
     `name`: "resnet18", "convnet", "convnet16" (half as wide) or "lenet". Raises
-    ModelError for any other.
+    ModelError for any other, for less than one class and for a seed of 2⁶³ or more.
     """
+    if num_classes < 1 or abs(seed) >= 2**63:
+        raise ModelError(
+            f"Expected num_classes ≥ 1 and a seed below 2⁶³; got {num_classes}, {seed}."
+        )
     if name not in _NETWORKS:
         raise ModelError(
             f"Unknown model {name!r}. Known models: {', '.join(sorted(_NETWORKS))}. "

@@ -1,6 +1,7 @@
 """Federated training: what a server learns from what clients share under their defences."""
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import UpdateError
-from gipip.federation.client import Client
+from gipip.federation.client import Client, check_parts
 from gipip.federation.defenses import Defense
 from gipip.federation.models import ClientModel, model_fingerprint, trainable
 from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
@@ -41,8 +42,11 @@ def train_federated(
 
     Raises UpdateError for settings that train nothing.
     """
-    if steps < 1 or batch_size < 1 or not 0 < learning_rate < float("inf"):
-        raise UpdateError("Expected steps ≥ 1, batch_size ≥ 1 and a positive learning_rate.")
+    if min(steps, batch_size) < 1 or not 0 < learning_rate < math.inf or abs(seed) >= 2**63:
+        raise UpdateError(
+            "Expected steps and batch_size ≥ 1, a positive learning_rate and a seed below 2⁶³."
+        )
+    check_parts(images, defenses)
     settings = {
         "steps": steps,
         "batch size": batch_size,
