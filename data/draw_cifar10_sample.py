@@ -7,7 +7,7 @@ Run `gipip data cifar10` first, then `python data/draw_cifar10_sample.py [target
 import sys
 from pathlib import Path
 
-from gipip.data.datasets import PAPER_FRACTION, LabeledImages, load_dataset, stratified
+from gipip.data.datasets import PAPER_FRACTION, LabeledImages, load_dataset
 from gipip.data.download import CIFAR10_SHA256
 from gipip.files import write_tensors
 
@@ -33,7 +33,7 @@ def parts(name: str, pool: LabeledImages) -> dict:
 
 def draw(target: Path) -> Path:
     full = load_dataset("cifar10", full=True)
-    private = full.private_pool[stratified(full.private_pool, "private:0")[:PRIVATE_IMAGES]]
+    private = full.private_pool[full.private_pool.shuffled("private:0")[:PRIVATE_IMAGES]]
     tensors = (
         parts("auxiliary", full.auxiliary(PAPER_FRACTION, seed=0))
         | parts("tuning", full.tuning_pool)

