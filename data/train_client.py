@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from gipip.data.datasets import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset, stratified
 from gipip.data.download import cache_folder
 from gipip.data.imagenet import CLASSES, SIZE
-from gipip.experiments.sweep import provenance
+from gipip.experiments.store import provenance
 from gipip.federation.models import ClientModel, build_model, trainable
 from gipip.federation.training import accuracy
 from gipip.files import DATA, write_tensors

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gipip.data.datasets import LabeledImages, load_dataset, stratified
-from gipip.experiments.sweep import provenance
+from gipip.experiments.store import provenance
 from gipip.priors import train_autoencoder, train_generator
 
 ANIMALS, VEHICLES = (2, 3, 4, 5, 6, 7), (0, 1, 8, 9)
