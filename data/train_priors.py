@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gipip.data.datasets import LabeledImages, load_dataset, stratified
-from gipip.experiments.store import provenance
+from gipip.data.datasets import LabeledImages, load_dataset
+from gipip.experiments.sweep import provenance
 from gipip.priors import train_autoencoder, train_generator
 
 ANIMALS, VEHICLES = (2, 3, 4, 5, 6, 7), (0, 1, 8, 9)
@@ -34,7 +34,7 @@ def classes(wanted: tuple[int, ...]) -> LabeledImages:
     """
     pool = load_dataset("cifar10").auxiliary()
     pool = pool[torch.isin(pool.labels, torch.tensor(wanted))]
-    return pool[stratified(pool, "auxiliary:0")[:760]]
+    return pool[pool.shuffled("auxiliary:0")[:760]]
 
 
 def fashion() -> LabeledImages:

@@ -15,9 +15,11 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.presets import RELEASED_OFFSETS
+from gipip.experiments.arms import EQUAL
 from gipip.experiments.scenario import Scenario
-from gipip.experiments.store import provenance
-from gipip.experiments.tuning import AUTOENCODERS, DEFENSES, EQUAL, Arm, Study, tune, write_tuned
+from gipip.experiments.sweep import provenance
+from gipip.experiments.tuning import Arm, Study, tune, write_tuned
+from gipip.federation.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
 from gipip.priors.autoencoder import AnomalyScore, load_prior
 from gipip.priors.gan import load_generator
 
@@ -25,6 +27,19 @@ TV_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 AS_WEIGHTS = (0.05, 0.2, 1.0, 3.0)
 BATCHES = {"convnet": {1: 8, 4: 4, 8: 4}, "resnet18": {1: 4, 4: 2, 8: 2}}
 """The main study: how many batches of tuning images for each model and batch size."""
+
+AUTOENCODERS = ("width6", "depth2", "depth4")
+"""The further autoencoders that 03_ablations compares."""
+
+DEFENSES = (
+    *(GaussianNoise(std=std) for std in (1e-4, 1e-3, 1e-2, 1e-1)),
+    *(Sparsification(sparsity=sparsity) for sparsity in (0.5, 0.9, 0.95, 0.99)),
+    Soteria(pruned=0.5),
+    *(DPSGD(max_norm=1.0, noise_multiplier=noise) for noise in (0.01, 0.1)),
+)
+"""What 05_defenses attacks adaptively, at B = 1: matching only the entries that are not
+zero, with weights tuned under each defence.
+"""
 
 _SMALL_TV = {"tv_weight": TV_WEIGHTS[1:]}
 _PHOTOGRAPHS_TV = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2)}

@@ -16,10 +16,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from gipip.attacks.base import Attack
-from gipip.attacks.view import Reconstruction
 from gipip.attacks.dlg import DLG
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.attacks.view import Reconstruction
 from gipip.data.datasets import Dataset, LabeledImages
 from gipip.evaluation.metrics import match, psnr, ssim
 from gipip.federation.client import Client

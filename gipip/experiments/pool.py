@@ -7,7 +7,7 @@ import pickle
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
@@ -83,7 +83,7 @@ def _end_with(parent: Connection) -> None:
 
 def outcomes(
     call: Callable[[Item], object], items: Sequence[Item], workers: int
-) -> Iterator[tuple[Item, Future]]:
+) -> Generator[tuple[Item, Future], None, None]:
     """Each item with the future of `call(item)`, as they finish.
 
     When a process dies, all are replaced, and what was under way begins anew. An item

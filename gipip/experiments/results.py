@@ -1,7 +1,6 @@
-"""The results of a sweep: selected, as tables, and compared pair by pair."""
+"""The results of a sweep: selected, compared, and as tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import overload
 
 import pandas
 import torch
@@ -10,14 +9,10 @@ from torch import Tensor
 
 from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, bootstrap_interval, paired_difference
-from gipip.experiments.scenario import Run
-from gipip.experiments.store import Result, read_result
-from gipip.files import DATA
-
-_ASSUMPTIONS = ["labels", "BatchNorm", "local training", "defence", "auxiliary data"]
+from gipip.experiments.store import Result
 
 
-class Results(Sequence[Result]):
+class Results(Sequence):
     """The results of a sweep, in the order of its runs."""
 
     def __init__(self, results: Iterable[Result]):
@@ -26,22 +21,15 @@ class Results(Sequence[Result]):
     def __len__(self) -> int:
         return len(self._results)
 
-    @overload
-    def __getitem__(self, index: int) -> Result: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Results": ...
-    def __getitem__(self, index: int | slice) -> "Result | Results":
+    def __getitem__(self, index):
         return Results(self._results[index]) if isinstance(index, slice) else self._results[index]
 
     def select(self, **wanted) -> "Results":
-        """The results whose arm or scenario fields have the given values, e.g.
-        `select(arm="GIPIP", batch_size=4)`.
+        """Those whose arm or scenario has the given values, as `select(arm="GIPIP", batch_size=4)`.
+
+        Of a scenario any field, and its `condition`.
         """
-
-        def matches(run: Run) -> bool:
-            return all(_field(run, name) == value for name, value in wanted.items())
-
-        return Results(result for result in self if matches(result.run))
+        return Results(result for result in self if _fits(result, wanted))
 
     @property
     def images(self) -> Float[Tensor, "batch 3 height width"]:
@@ -63,18 +51,16 @@ class Results(Sequence[Result]):
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
     def table(self, metrics: Sequence[str] = ("psnr", "ssim", "lpips")) -> pandas.DataFrame:
-        """A row for each model and its epochs, batch size, arm and assumptions: means
-        with 95 % bootstrap intervals over batches.
+        """A row for each model, batch size, arm and set of assumptions: means with 95 % bootstrap
+        intervals over batches.
         """
-        assumptions = ["iterations", *_ASSUMPTIONS, "machine"]
-        keys = ["model", "epochs", "batch_size", "arm", *assumptions]
         rows = []
-        for (model, epochs, size, arm, *about), part in self.frame().groupby(keys, sort=False):
-            model = f"{model}@{epochs}" if epochs else model
-            row = {"model": model, "batch size": size, "attack": arm, "images": len(part)}
+        for (model, epochs, size, arm, *about), part in self.frame().groupby(_KEYS, sort=False):
+            row = {"model": f"{model}@{epochs}" if epochs else model, "batch size": size}
+            row |= {"attack": arm, "images": len(part)}
             for name in metrics:
                 row[name] = f"{bootstrap_interval(part[name], groups=part['batch']):.3f}"
-            rows.append(row | dict(zip(assumptions, about, strict=True)))
+            rows.append(row | dict(zip(_ASSUMPTIONS, about, strict=True)))
         return pandas.DataFrame(rows)
 
     def difference(self, a: Mapping, b: Mapping, metric: str = "psnr") -> Interval:
@@ -91,8 +77,8 @@ class Results(Sequence[Result]):
             raise DataError(f"There is nothing to compare: no results of {a} or of {b}.")
         frames = [results.frame()[[*image, metric]] for results in parts]
         if any(frame.duplicated(image).any() for frame in frames):
-            advice = "name a scenario's field too, e.g. mode='eval'."
-            raise DataError(f"{a} or {b} has several results for one image: {advice}")
+            advice = "Name a scenario's field too, e.g. mode='eval'."
+            raise DataError(f"{a} or {b} has several results for one image. {advice}")
         pairs = frames[0].merge(frames[1], on=image, suffixes=("", "_baseline"))
         if pairs.empty:
             raise DataError(f"{a} and {b} share no image. Give both the same batches.")
@@ -103,13 +89,16 @@ class Results(Sequence[Result]):
         return self.difference({"arm": arm, **where}, {"arm": baseline, **where}, metric)
 
 
-def _field(run: Run, name: str) -> object:
-    return run.arm if name == "arm" else getattr(run.scenario, name)
+_ASSUMPTIONS = (
+    *("iterations", "labels", "BatchNorm", "local training", "defence", "auxiliary data"),
+    "machine",
+)
+_KEYS = ["model", "epochs", "batch_size", "arm", *_ASSUMPTIONS]
 
 
-def shipped_results(runs: Iterable[Run]) -> Results:
-    """Those of the runs whose results ship with gipip (`data/results`), because they
-    take hours: nothing is computed, and earlier code may have computed them.
-    """
-    paths = {run: DATA / "results" / f"{run.key()}.safetensors" for run in runs}
-    return Results(read_result(path, run) for run, path in paths.items() if path.exists())
+def _fits(result: Result, wanted: Mapping) -> bool:
+    for name, value in wanted.items():
+        found = result.run.arm if name == "arm" else getattr(result.run.scenario, name)
+        if found != value:
+            return False
+    return True

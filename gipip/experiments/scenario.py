@@ -1,17 +1,20 @@
-"""What is attacked, and how: everything that a result depends on, as data."""
+"""What is attacked, and with what: a Scenario × an attack is a Run."""
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from gipip.attacks.base import Attack
 from gipip.data.datasets import Dataset, LabeledImages, load_dataset
+from gipip.experiments.version import code_version
 from gipip.federation.client import Client, FedAvg, SharedUpdate
 from gipip.federation.defenses import AnyDefense
 from gipip.federation.models import ClientModel, build_model, load_model, model_fingerprint
 from gipip.files import canonical_json, fingerprint
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Scenario(BaseModel):
@@ -31,10 +34,10 @@ class Scenario(BaseModel):
     pool: Literal["private", "tuning"] = "private"
     classes: tuple[int, ...] = ()
     model: str = "convnet"
-    model_seed: int = 0
+    model_seed: Seed = 0
     epochs: NonNegativeInt = 0
     batch_size: PositiveInt = 1
-    seed: int = 0
+    seed: Seed = 0
     distinct_labels: bool = True
     mode: Literal["eval", "train"] = "eval"
     labels: Literal["given", "withheld"] = "given"
@@ -45,7 +48,9 @@ class Scenario(BaseModel):
     def batch(self) -> LabeledImages:
         """The private (or tuning) images."""
         draw = getattr(_dataset(self.dataset, self.classes), self.pool)
-        return draw(self.batch_size, seed=self.seed, distinct_labels=self.distinct_labels)
+        return draw(
+            batch_size=self.batch_size, seed=self.seed, distinct_labels=self.distinct_labels
+        )
 
     def client_model(self) -> ClientModel:
         """The client's model, the same for the same seed or number of epochs."""
@@ -74,15 +79,14 @@ class Scenario(BaseModel):
 
     @property
     def condition(self) -> str:
-        """What attack weights are tuned for, as a key of data/tuned.json: data set,
-        model, batch size, defences, local steps.
+        """What attack weights are tuned for, as a key of data/tuned.json: data set, model, batch
+        size, defences, local steps.
 
-        Not in it: which images and labels, the seeds, BatchNorm's mode, and the local
-        steps' mini-batches and learning rate.
+        Not in it: which images and labels, the seeds, BatchNorm's mode, and the local steps'
+        mini-batches and learning rate.
         """
-        parts = [self.dataset.split("-")[0], self.model, f"B={self.batch_size}"]
-        if self.epochs:
-            parts[1] += f"@{self.epochs}"
+        model = f"{self.model}@{self.epochs}" if self.epochs else self.model
+        parts = [self.dataset.split("-")[0], model, f"B={self.batch_size}"]
         if self.fedavg:
             parts.append(f"FedAvg {self.fedavg.steps}")
         return "/".join([*parts, *map(str, self.defenses)])
@@ -96,26 +100,25 @@ def _dataset(name: str, classes: tuple[int, ...] = ()) -> Dataset:
 
 @dataclass(frozen=True)
 class Run:
-    """One attack on one scenario. `arm` names the attack in tables and figures; it is
-    no part of the result's key.
-    """
+    """One attack on one scenario. `arm` names it in tables and figures, not in the result's key."""
 
     arm: str
     scenario: Scenario
     attack: Attack
 
     def config(self) -> dict:
-        """Everything the result depends on, as JSON."""
+        """Everything the result depends on but data, weights and code, as JSON."""
         attack = {"name": type(self.attack).__name__, **self.attack.model_dump(mode="json")}
         return {"scenario": self.scenario.model_dump(mode="json"), "attack": attack}
 
-    def key(self) -> str:
-        """Hash of the configuration and of the fingerprints of private images, client
-        weights and prior (which the attack names).
+    def key(self, code: str | None = None) -> str:
+        """Hash of the configuration, the private images, the client's weights, the prior (which the
+        attack names) and the version of the `code` that computes (see `code_version`).
         """
         model, batch = _fingerprints(self.scenario)
-        content = canonical_json(self.config() | {"model": model, "batch": batch})
-        return fingerprint({}, content)[:32]
+        about = self.config() | {"model": model, "batch": batch}
+        version = code_version() if code is None else code
+        return fingerprint({}, canonical_json(about) + version)[:32]
 
 
 @functools.cache

@@ -1,73 +1,81 @@
-"""Runs executed one by one, or many of them side by side: each once, and those of an
-interrupted sweep from where they were.
-"""
+"""Runs executed: one, or many side by side, so that an interrupted sweep goes on where it was."""
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
+import platform
 import threading
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, as_completed
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pandas
 import torch
 
-from gipip.errors import GipipError, OutOfTime, StoreError, SweepError
+from gipip.errors import OutOfTime, StoreError, SweepError
 from gipip.evaluation.metrics import evaluate
 from gipip.experiments.pool import outcomes
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run
-from gipip.experiments.store import Result, ResultStore, code_version, provenance
-from gipip.files import canonical_json
+from gipip.experiments.store import Result, ResultStore, read_result
+from gipip.experiments.version import code_version
+from gipip.files import DATA, canonical_json
 from gipip.progress import announce, progress, quiet, require_time, time_limit
 
 
 def execute(run: Run, store: ResultStore | None = None, *, deadline: float | None = None) -> Result:
     """The result of a run: loaded if the store has it, else computed and stored.
 
-    On the GPU if there is one; on a CPU with one thread, so that a run gives the same
-    images alone and in a sweep. With a store, an attack that was paused or killed goes
-    on where it was. Raises OutOfTime when it is not finished at the `deadline`, in
-    seconds since the epoch (default: GIPIP_DEADLINE in the environment, else none); DLG
-    cannot pause and runs to its end.
+    On the GPU if there is one; on a CPU with one thread, so that a run gives the same images alone
+    and in a sweep. With a store, an attack that was paused or killed goes on where it was. Raises
+    OutOfTime when it is not finished at the `deadline`, in seconds since the epoch (default:
+    GIPIP_DEADLINE in the environment, else none); DLG cannot pause and runs to its end.
     """
     if store and (result := store.load(run)):
         return result
     deadline = time_limit() if deadline is None else deadline
     require_time(deadline)
-    checkpoint = store.checkpoint(run, deadline) if store else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with _alone_on_one_thread():
-        model = run.scenario.client_model().to(device)
-        truth = run.scenario.batch()
-        found = run.attack(model, run.scenario.update(model), checkpoint=checkpoint)
-        if found.interrupted:  # half a result must not be stored as a whole one
-            raise KeyboardInterrupt
-        metrics = evaluate(found, truth, model=model).to_dict(orient="list")
-    details = {
-        "assumptions": found.assumptions,
-        "returned": found.returned,
-        "restart_costs": [cost if cost < float("inf") else None for cost in found.restart_costs],
-        "notes": found.notes,
-        "seconds": found.seconds,
-        "engine": found.engine,
-        "made": provenance(),
-        "code": code_version(),
-    }
-    metrics, details = json.loads(canonical_json([metrics, details]))  # as the store gives them
-    images, labels = found.images[metrics["matched"]], found.labels[metrics["matched"]]
-    history = dict(sorted(found.history.items()))
-    result = Result(run, images, truth.images, labels, history, pandas.DataFrame(metrics), details)
-    if store and checkpoint:
+        result = _computed(run, store, deadline)
+    if store:
         store.save(result)
-        checkpoint.remove()
+        store.checkpoint(run).remove()
     return result
+
+
+def _computed(run: Run, store: ResultStore | None, deadline: float) -> Result:
+    checkpoint = store.checkpoint(run, deadline) if store else None
+    model = run.scenario.client_model().to("cuda" if torch.cuda.is_available() else "cpu")
+    truth = run.scenario.batch()
+    reconstruction = run.attack(model, run.scenario.update(model), checkpoint=checkpoint)
+    if reconstruction.interrupted:  # half a result must not be stored as a whole one
+        raise KeyboardInterrupt
+    metrics = evaluate(reconstruction, truth, model=model).to_dict(orient="list")
+    costs = reconstruction.restart_costs
+    details = {
+        "assumptions": reconstruction.assumptions,
+        "returned": reconstruction.returned,
+        "restart_costs": [cost if cost < float("inf") else None for cost in costs],
+        "notes": reconstruction.notes,
+        "seconds": reconstruction.seconds,
+        "engine": reconstruction.engine,
+        "made": provenance(),
+    }
+    metrics, details = json.loads(canonical_json([metrics, details]))  # as they come from the store
+    matched = metrics["matched"]
+    return Result(
+        run,
+        reconstruction.images[matched],
+        truth.images,
+        reconstruction.labels[matched],
+        dict(sorted(reconstruction.history.items())),
+        pandas.DataFrame(metrics),
+        details,
+    )
 
 
 _executing = threading.Lock()
@@ -75,8 +83,8 @@ _executing = threading.Lock()
 
 @contextlib.contextmanager
 def _alone_on_one_thread() -> Iterator[None]:
-    """One run at a time in a process: the number of threads and the generator that
-    models are drawn from are global.
+    """One run at a time in a process: the number of threads and the generator that models are drawn
+    from are global.
     """
     with _executing:
         threads = torch.get_num_threads()
@@ -85,6 +93,30 @@ def _alone_on_one_thread() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
+
+
+def provenance() -> dict:
+    """The machine that computes here, the versions that matter, and the date."""
+    cpu = f"{platform.machine()} CPU, one thread"
+    return {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "code": code_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def shipped_results(runs: Iterable[Run]) -> Results:
+    """Those of the runs whose results ship with gipip (`data/results`), because they take hours.
+
+    An earlier version of the code computed them; nothing is computed here.
+    """
+    found = []
+    for run in runs:
+        path = DATA / "results" / f"{run.key(code='')}.safetensors"
+        if path.exists():
+            found.append(read_result(path, run))
+    return Results(found)
 
 
 def sweep(
@@ -96,63 +128,40 @@ def sweep(
 ) -> Results:
     """Execute runs side by side; those whose results are in the store are only loaded.
 
-    `workers`: processes of this machine, each with one thread (default: two, or the
-    number of cores if that is less). `executor`: any other that computes instead, such
-    as `distributed.Client(…).get_executor()` of a dask cluster; its workers must see the
-    same store folder and have the same gipip. Each result is stored as soon as it is
-    there. A script must call this under `if __name__ == "__main__":`, as workers import
-    it.
+    `executor`: where they are computed, any of `concurrent.futures`' interface, such as dask's
+    `Client.get_executor()`; its workers must see the same store folder. By default processes on
+    this machine, `workers` of them (two, or the number of cores if that is less), each with one
+    thread; one that dies is replaced, and its run tried again. Each result is stored as soon as it
+    is there. A script must call this under `if __name__ == "__main__":`, as workers import it.
 
-    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is
-    refused before anything is computed. What other code computed counts as not there,
-    with a warning. A process of this machine that dies is replaced, and its run is
-    tried again. A run that fails does not stop the others; at the end SweepError lists
-    the failures. When the time that GIPIP_DEADLINE sets is over (seconds since the
-    epoch) no further runs begin, those under way pause, and OutOfTime says how many are
-    left; the same call goes on from there.
+    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused
+    before anything is computed. A run that fails does not stop the others; at the end SweepError
+    lists the failures. When the time that GIPIP_DEADLINE sets is over (seconds since the epoch) no
+    further runs begin, those under way pause, and OutOfTime says how many are left; the same call
+    goes on from there.
     """
     runs = list(runs)
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     stored = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
     missing = list({run.key(): run for run in runs if stored[run.key()] is None}.values())
-    _warn_of_other_code(missing, store)
+    missing.sort(key=_work_of, reverse=True)  # so that no worker idles at the end
     failures = []
     if missing and time.time() < time_limit():
         announce(f"attacks: {len(missing)} to compute")
-        failures = _failures(missing, store, executor, workers)
+        failures = _failures(missing, store, executor, workers or min(2, os.cpu_count() or 1))
     if failures:
         kept = f"the other results are stored in {store.folder}"
         listing = "\n".join(failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; {kept}:\n{listing}")
-    stored |= {run.key(): store.load(run) for run in missing}
-    left = [result for result in stored.values() if result is None]
-    if left:
-        raise _incomplete(len(left), len(stored), store)
-    return Results(dataclasses.replace(stored[run.key()], run=run) for run in runs)
-
-
-def _warn_of_other_code(missing: list[Run], store: ResultStore) -> None:
-    ignored = sum(store.path(run).exists() for run in missing)
-    if ignored:
-        warnings.warn(
-            f"{ignored} results in {store.folder} were computed by other code than this "
-            "version of gipip's. They are ignored, and computed again.",
-            stacklevel=3,
-        )
+    return Results(_all_of(runs, store))
 
 
 def _failures(
-    runs: list[Run], store: ResultStore, executor: Executor | None, workers: int | None
+    runs: list[Run], store: ResultStore, executor: Executor | None, workers: int
 ) -> list[str]:
     """Execute the runs; gives a line for each that failed."""
-    # The longest first, so that no worker idles at the end.
-    runs = sorted(runs, key=lambda run: -run.attack.iterations * run.scenario.batch_size)
-    # dask would take a call with equal arguments for one that it knows the outcome of.
-    work = functools.partial(_work, store=store, deadline=time_limit(), sweep=uuid.uuid4().hex)
-    if executor:
-        finished = _submitted(executor, work, runs)
-    else:
-        finished = outcomes(work, runs, workers or min(2, os.cpu_count() or 1))
+    work = partial(_work, store=store, deadline=time_limit(), sweep=uuid.uuid4().hex)
+    finished = _submitted(executor, work, runs) if executor else outcomes(work, runs, workers)
     lines = []
     with contextlib.closing(finished):
         for run, future in progress(finished, total=len(runs), description="attacks", unit="run"):
@@ -161,44 +170,54 @@ def _failures(
     return lines
 
 
+def _work_of(run: Run) -> int:
+    return run.attack.iterations * run.attack.restarts * run.scenario.batch_size
+
+
+def _all_of(runs: list[Run], store: ResultStore) -> list[Result]:
+    found = [(run, store.load(run)) for run in runs]
+    left = {run.key() for run, result in found if result is None}
+    if left and time.time() >= time_limit():
+        whole = len({run.key() for run in runs})
+        done = f"{whole - len(left)} of {whole} runs are finished, {len(left)} are left"
+        raise OutOfTime(f"The time is over: {done}.")
+    if left:
+        advice = "Workers must see this folder, under the same path, and have the same gipip."
+        raise StoreError(f"{len(left)} results are not in {store.folder}. {advice}")
+    return [result for _, result in found if result is not None]
+
+
+def _submitted(
+    executor: Executor, work: Callable[[Run], str], runs: list[Run]
+) -> Generator[tuple[Run, Future], None, None]:
+    """As `outcomes`, on workers that somebody else looks after."""
+    futures = {executor.submit(work, run): run for run in runs}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future
+    finally:  # after Ctrl-C, what has not begun must not begin
+        for future in futures:
+            future.cancel()
+
+
 def _work(run: Run, store: ResultStore, deadline: float, sweep: str) -> str:
-    """In a worker: stores the result; gives the error of a run that failed, as text, as
-    not every exception survives the way back.
+    """In a worker; gives the error, as text, because not every exception can be pickled.
+
+    `sweep` names the sweep: dask would take an equal call for one whose outcome it knows.
     """
     try:
-        require_time(deadline)  # before execute() looks whether the run is stored
+        require_time(deadline)
         with quiet():  # the sweep shows its own progress
             execute(run, store, deadline=deadline)
-    except OutOfTime:  # no failure: the sweep sees what is missing
-        return ""
+    except OutOfTime:
+        return ""  # no failure: the sweep sees what is missing
     except Exception as error:
         return repr(error)
     return ""
 
 
-def _submitted(
-    executor: Executor, work: Callable[[Run], str], runs: list[Run]
-) -> Iterator[tuple[Run, Future]]:
-    """As `outcomes`, by an executor from outside."""
-    futures = {executor.submit(work, run): run for run in runs}
-    try:
-        for future in as_completed(futures):
-            yield futures[future], future
-    finally:
-        for future in futures:
-            future.cancel()
-
-
 def _error(future: Future) -> str:
     try:
         return future.result()
-    except Exception as error:  # what the executor says, such as that a worker died
+    except Exception as error:  # of the executor: a worker died, the run was cancelled
         return repr(error)
-
-
-def _incomplete(left: int, runs: int, store: ResultStore) -> GipipError:
-    if time.time() >= time_limit():
-        done = f"{runs - left} of {runs} runs are finished"
-        return OutOfTime(f"The time is over: {done}, {left} are left.")
-    advice = "The workers must see this folder, under the same path, and have the same gipip."
-    return StoreError(f"{left} results are not in {store.folder}. {advice}")

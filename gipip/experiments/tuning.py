@@ -16,45 +16,13 @@ from pathlib import Path
 import pandas
 
 from gipip.attacks.base import Attack
-from gipip.attacks.gipip import GIPIP
-from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.errors import DataError
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.sweep import sweep
-from gipip.federation.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
 from gipip.files import DATA
-from gipip.priors.autoencoder import AnomalyScore
 
 Stage = Mapping[str, Sequence]
 _METRICS = ["psnr", "ssim", "lpips"]
-
-AUTOENCODERS = ("width6", "depth2", "depth4")
-"""The further autoencoders that 03_ablations compares."""
-
-DEFENSES = (
-    *(GaussianNoise(std=std) for std in (1e-4, 1e-3, 1e-2, 1e-1)),
-    *(Sparsification(sparsity=sparsity) for sparsity in (0.5, 0.9, 0.95, 0.99)),
-    Soteria(pruned=0.5),
-    *(DPSGD(max_norm=1.0, noise_multiplier=noise) for noise in (0.01, 0.1)),
-)
-"""What 05_defenses attacks adaptively, at B = 1: matching only the entries that are not
-zero, with weights tuned under each defence.
-"""
-
-EQUAL = "GIPIP at equal TV weight"
-"""The arm that adds the anomaly score (c = 0) to tuned Inverting Gradients and changes
-nothing else.
-"""
-
-
-def with_and_without(condition: str, prior: AnomalyScore, **changes) -> dict[str, Attack]:
-    """{"without": tuned Inverting Gradients, "with": the same λ_TV and the anomaly
-    score with its tuned weight, c = 0} for a condition.
-
-    `changes`: settings of both attacks. Raises DataError when no weights are shipped.
-    """
-    ours = GIPIP.tuned(condition, arm=EQUAL, prior=prior.with_offset(0), **changes)
-    return {"without": InvertingGradients.tuned(condition, **changes), "with": ours}
 
 
 @dataclass(frozen=True)
