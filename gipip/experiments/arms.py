@@ -34,7 +34,9 @@ from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.published import published
 from gipip.evaluation.statistics import Interval, paired_difference
 from gipip.experiments.claims import Claim, compare, save_claims
-from gipip.experiments.sweep import Results, Run, Scenario, sweep
+from gipip.experiments.results import Results
+from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.sweep import sweep
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
 from gipip.figures import image_grid, paired_effect, published_bars, save_figure, use_style
 from gipip.priors import AnomalyScore
