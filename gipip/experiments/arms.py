@@ -34,7 +34,9 @@ from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.published import published
 from gipip.evaluation.statistics import Interval, paired_difference
 from gipip.experiments.claims import Claim, compare, save_claims
-from gipip.experiments.sweep import Results, Run, Scenario, sweep
+from gipip.experiments.results import Results
+from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.sweep import sweep
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
 from gipip.figures import image_grid, paired_effect, published_bars, save_figure, use_style
 from gipip.priors import AnomalyScore
@@ -65,11 +67,16 @@ def start(store: Path | str, figures: Path | str, workers: int) -> tuple[Callabl
     return partial(sweep, store=store, workers=workers), partial(save_figure, folder=figures)
 
 
-class Frames(dict):
-    """{iteration: images} of an attack under way: pass it as `watch`."""
+class Frames:
+    """Keeps the candidates of an attack under way, as `images`: {iteration: images}. Pass
+    it as `watch`.
+    """
+
+    def __init__(self) -> None:
+        self.images: dict[int, Images] = {}
 
     def __call__(self, iteration: int, images: Images, cost: float) -> None:
-        self[iteration] = images
+        self.images[iteration] = images
 
 
 def first_batches(count: int, **about) -> list[Scenario]:
@@ -115,7 +122,8 @@ def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
     printed above it. One of a single row stays whole.
     """
     same = [name for name in frame if len(frame) > 1 and frame[name].nunique(dropna=False) == 1]
-    print("\n".join(f"{name}: {frame[name].iloc[0]}" for name in same))
+    for name in same:
+        print(f"{name}: {frame[name].iloc[0]}")
     return frame.drop(columns=same)
 
 
