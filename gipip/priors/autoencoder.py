@@ -140,7 +140,7 @@ class AnomalyScore(nn.Module):
             return cls(autoencoder, metadata["offset"], metadata["provenance"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise DamagedFileError(
-                f"{path} does not hold an autoencoder ({error}). Train one: gipip train-prior."
+                f"{path} does not hold an autoencoder ({error}). Train one: gipip train autoencoder."
             ) from error
 
 

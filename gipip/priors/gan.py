@@ -141,7 +141,7 @@ class GenerativePrior(nn.Module):
             return cls(generator, metadata["provenance"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise DamagedFileError(
-                f"{path} does not hold a generator ({error}). Train one: gipip train-generator."
+                f"{path} does not hold a generator ({error}). Train one: gipip train generator."
             ) from error
 
 
