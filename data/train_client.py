@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from gipip.data.datasets import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset, stratified
+from gipip.data.datasets import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset
 from gipip.data.download import cache_folder
 from gipip.data.imagenet import CLASSES, SIZE
 from gipip.experiments.sweep import provenance
@@ -76,7 +76,7 @@ def main() -> None:
 
 def _cifar10() -> tuple[LabeledImages, LabeledImages, int, dict]:
     data = load_dataset("cifar10", full=True)
-    training = data.auxiliary_pool[stratified(data.auxiliary_pool, "auxiliary:0")[-25_000:]]
+    training = data.auxiliary_pool[data.auxiliary_pool.shuffled("auxiliary:0")[-25_000:]]
     return training, data.private_pool, data.num_classes, {}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gipip.data.datasets import LabeledImages, load_dataset, stratified
+from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.experiments.sweep import provenance
 from gipip.priors import train_autoencoder, train_generator
 
@@ -34,7 +34,7 @@ def classes(wanted: tuple[int, ...]) -> LabeledImages:
     """
     pool = load_dataset("cifar10").auxiliary()
     pool = pool[torch.isin(pool.labels, torch.tensor(wanted))]
-    return pool[stratified(pool, "auxiliary:0")[:760]]
+    return pool[pool.shuffled("auxiliary:0")[:760]]
 
 
 def fashion() -> LabeledImages:

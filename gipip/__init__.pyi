@@ -17,11 +17,11 @@ from .evaluation.statistics import Interval as Interval
 from .evaluation.statistics import bootstrap_interval as bootstrap_interval
 from .evaluation.statistics import paired_difference as paired_difference
 from .evaluation.statistics import verdict as verdict
-from .experiments.sweep import Result as Result
-from .experiments.sweep import Results as Results
-from .experiments.sweep import ResultStore as ResultStore
-from .experiments.sweep import Run as Run
-from .experiments.sweep import Scenario as Scenario
+from .experiments.results import Results as Results
+from .experiments.scenario import Run as Run
+from .experiments.scenario import Scenario as Scenario
+from .experiments.store import Result as Result
+from .experiments.store import ResultStore as ResultStore
 from .experiments.sweep import execute as execute
 from .experiments.sweep import shipped_results as shipped_results
 from .experiments.sweep import sweep as sweep

