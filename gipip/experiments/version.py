@@ -18,7 +18,8 @@ _COMPUTE = (  # results, besides data and weights; patterns of files of the pack
 def code_version() -> str:
     """12 hex digits that change with every statement on which a result depends.
 
-    Of the modules of attacks, clients, priors and metrics, without comments and docstrings.
+    Of the modules of attacks, clients, priors and metrics, without comments and docstrings. Python
+    3.11 writes the same statements down otherwise than later ones, and so computes anew.
     """
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     for pattern in _COMPUTE:
