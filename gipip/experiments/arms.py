@@ -236,7 +236,7 @@ def aurocs(
 def flat_psnr(images: Images) -> float:
     """Mean PSNR of the best constant picture of each image: what knows only its mean colour."""
     flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
-    return evaluate(flat, images)["psnr"].mean()
+    return float(evaluate(flat, images)["psnr"].mean())
 
 
 def check(claim: str, holds: bool) -> None:
