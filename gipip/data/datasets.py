@@ -2,10 +2,11 @@
 tuned on it), private (reported).
 """
 
-import warnings
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gipip.data.download import cache_folder, read_cifar10
 from gipip.data.drawing import batches, stratified_rows
-from gipip.data.photographs import Photographs, decode, list_folder, read
+from gipip.data.photographs import decode, list_folder, printable, read
 from gipip.errors import BatchSizeError, DataError
 from gipip.files import DATA, fingerprint, read_tensors
 
@@ -33,7 +34,8 @@ PAPER_FRACTION = 0.038
 CIFAR10_SAMPLE = DATA / "cifar10-sample.safetensors"
 IMAGENET64_SAMPLE = DATA / "imagenet64-sample.safetensors"
 _TUNING_IMAGES = 200
-_SEEDS = 2**63
+_POOLS = ("auxiliary_pool", "tuning_pool", "private_pool")
+_Pixels = UInt8[Tensor, "batch 3 height width"] | Float32[Tensor, "batch 3 height width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,22 +47,26 @@ class LabeledImages:
     Raises `DataError` for anything else.
     """
 
-    pixels: UInt8[Tensor, "batch 3 height width"] | Float32[Tensor, "batch 3 height width"]
+    pixels: _Pixels
     labels: Int64[Tensor, "batch"]
     indices: Int64[Tensor, "batch"] = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
-        _check_pixels(self.pixels)
+        if not isinstance(self.pixels, _Pixels):
+            expected = "Expected uint8 or float32 images, (batch, 3, height, width)"
+            raise DataError(f"{expected}; got {_kind(self.pixels)}.")
+        if self.pixels.is_floating_point() and not ((self.pixels >= 0) & (self.pixels <= 1)).all():
+            raise DataError(
+                "Float images must lie in [0, 1], without NaN. Divide by 255, or clamp."
+            )
+        count = len(self.pixels)
         if self.indices is None:
-            object.__setattr__(self, "indices", torch.arange(len(self.pixels)))
+            object.__setattr__(self, "indices", torch.arange(count))
         for name in ("labels", "indices"):
             given = getattr(self, name)
-            if not isinstance(given, Tensor) or given.dtype != torch.int64:
-                raise DataError(f"Expected {name} as a tensor of int64; got {_kind(given)}.")
-            if given.shape != (len(self.pixels),):
-                raise DataError(
-                    f"{len(self.pixels)} images need as many {name}; got {tuple(given.shape)}."
-                )
+            if not isinstance(given, Int64[Tensor, f"{count}"]):
+                expected = f"Expected {name} as an int64 tensor, one for each of {count} images"
+                raise DataError(f"{expected}; got {_kind(given)}.")
 
     @property
     def images(self) -> Float32[Tensor, "batch 3 height width"]:
@@ -80,19 +86,7 @@ class LabeledImages:
 
     def shuffled(self, salt: str) -> list[int]:
         """All rows in the order of `salt`; every beginning holds each class in proportion."""
-        return stratified_rows(self.labels, self.indices.tolist(), salt)
-
-
-def _check_pixels(pixels: Any) -> None:
-    kinds = (torch.uint8, torch.float32)
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.dtype not in kinds:
-        raise DataError(
-            f"Expected uint8 or float32 images, (batch, 3, height, width); got {_kind(pixels)}."
-        )
-    if pixels.shape[1] != 3:
-        raise DataError(f"Expected images of 3 channels; got {tuple(pixels.shape)}.")
-    if pixels.dtype == torch.float32 and not bool(((pixels >= 0) & (pixels <= 1)).all()):
-        raise DataError("Float images must lie in [0, 1], without NaN. Divide by 255, or clamp.")
+        return stratified_rows(self.labels.tolist(), self.indices.tolist(), salt)
 
 
 def _kind(value: Any) -> str:
@@ -132,8 +126,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all three pools."""
-        pools = (self.auxiliary_pool, self.tuning_pool, self.private_pool)
-        return fingerprint({}, " ".join(pool.fingerprint for pool in pools))
+        return fingerprint({}, " ".join(getattr(self, name).fingerprint for name in _POOLS))
 
     def restricted(self, classes: Sequence[int]) -> "Dataset":
         """With images of these classes only; labels keep their numbers.
@@ -142,7 +135,7 @@ class Dataset:
         """
         wanted = torch.tensor(sorted(set(classes)))
         pools = {}
-        for name in ("auxiliary_pool", "tuning_pool", "private_pool"):
+        for name in _POOLS:
             pool = getattr(self, name)
             pools[name] = pool[torch.isin(pool.labels, wanted)]
             if not len(pools[name]):
@@ -174,7 +167,7 @@ class Dataset:
                 f"{self.name} holds {len(pool):,}. Run `gipip data {self.name}` once and use "
                 f"load_dataset({self.name!r}, full=True)."
             )
-        _check_seed(seed)
+        require_whole("seed", seed)
         return pool[pool.shuffled(f"auxiliary:{seed}")[:wanted]]
 
     def private(
@@ -199,30 +192,26 @@ def _batch(
     pool: LabeledImages, size: int, seed: int, distinct_labels: bool, purpose: str
 ) -> LabeledImages:
     possible = len(pool.labels.unique()) if distinct_labels else len(pool)
-    if not isinstance(size, int) or not 1 <= size <= possible:
+    if not isinstance(size, Integral) or not 1 <= size <= possible:
         more = f"; with distinct_labels=False up to {len(pool):,}" if distinct_labels else ""
         raise BatchSizeError(
             f"Asked for {size} {purpose} images. Ask for 1 to {possible:,}, a whole number{more}."
         )
-    _check_seed(seed)
-    names = pool.indices.tolist()
-    found = batches(pool.labels, names, size, distinct_labels, f"{purpose}:0")
-    if seed >= len(found):
-        salt = f"{purpose}:{seed // len(found)}"
-        found = batches(pool.labels, names, size, distinct_labels, salt)
-    return pool[found[seed % len(found)]]
+    require_whole("seed", seed)
+
+    def one_pass(number: int) -> list[list[int]]:
+        labels, names = pool.labels.tolist(), pool.indices.tolist()
+        return batches(labels, names, size, distinct_labels, f"{purpose}:{number}")
+
+    first = one_pass(0)
+    number, place = divmod(seed, len(first))
+    return pool[first[place]] if number == 0 else pool[one_pass(number)[place]]
 
 
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
-        raise DataError(f"seed={seed!r} is none: seeds are whole numbers from 0 to 2⁶³ − 1.")
-
-
-_OPTIONS = {  # of load_dataset, by the kind of data set; and what to do instead
-    "cifar10": ({"full"}, "For your own images: load_dataset('folder', root=…)."),
-    "imagenet64": (set(), "For your own photographs: gipip.prepare_imagenet(folder)."),
-    "folder": ({"root", "auxiliary_root", "size"}, "Give the folder: root=…."),
-}
+def require_whole(name: str, value: Any, least: int = 0) -> None:
+    """Raise DataError unless `value` is a whole number from `least` to 2⁶³ − 1."""
+    if not isinstance(value, Integral) or not least <= value < 2**63:
+        raise DataError(f"{name}={value!r}: expected a whole number from {least} to 2⁶³ − 1.")
 
 
 def load_dataset(
@@ -242,27 +231,20 @@ def load_dataset(
     in the layout root/class/image, at size × size pixels (64 if not given): the shorter side is
     scaled to 9/8 of it, then the centre is cropped. A tenth of its images is for tuning, half is
     auxiliary, the rest private; with `auxiliary_root`, that folder is auxiliary, and root is split
-    into tuning and private. Raises `DataError` for an unknown name, unsuitable options or missing
-    images.
+    into tuning and private. Copies of an image, and hidden files, are left out. Raises `DataError`
+    for an unknown name, unsuitable options or missing images.
     """
     kind = "imagenet64" if name.startswith("imagenet64-") else name
-    if kind not in _OPTIONS:
-        raise DataError(f"Unknown data set {name!r}. Known: {', '.join(_OPTIONS)}.")
-    options = {"root": root, "auxiliary_root": auxiliary_root, "size": size, "full": full}
-    given = {option for option, value in options.items() if value not in (None, False)}
-    known, advice = _OPTIONS[kind]
-    if size == {"cifar10": 32, "imagenet64": 64}.get(kind):
-        given.discard("size")
-    if given - known or (kind == "folder" and root is None):
-        wrong = ", ".join(sorted(given - known)) or "no root"
-        raise DataError(
-            f"{name} takes {', '.join(sorted(known)) or 'no option'}, not {wrong}. {advice}"
-        )
-    if kind == "cifar10":
-        return _cifar10(*(_cifar10_full() if full else _pools(CIFAR10_SAMPLE)))
-    if kind == "imagenet64":
-        return _imagenet64(name)
-    return _folder(Path(root), Path(auxiliary_root) if auxiliary_root else None, size or 64)  # type: ignore[arg-type]
+    if kind not in _LOADERS:
+        raise DataError(f"Unknown data set {name!r}. Known: {', '.join(_LOADERS)}.")
+    options = {"root": root, "auxiliary_root": auxiliary_root, "size": size, "full": full or None}
+    given = {option: value for option, value in options.items() if value is not None}
+    try:
+        inspect.signature(_LOADERS[kind]).bind(name, **given)
+    except TypeError as error:
+        own = "For your own images: load_dataset('folder', root=…, size=…)."
+        raise DataError(f"load_dataset({name!r}, …) {error}. {own}") from error
+    return _LOADERS[kind](name, **given)
 
 
 def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
@@ -273,24 +255,33 @@ def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
     """
     if not paths:
         raise DataError("There are no pictures: give the path of at least one.")
+    require_whole("size", size, least=1)
     pixels = torch.stack([decode(Path(path), size, size) for path in paths])
     return LabeledImages(pixels, torch.arange(len(pixels)))
 
 
+def named_tensors(**pools: LabeledImages) -> dict[str, Tensor]:
+    """What a file of these pools holds: tensors POOL_images, POOL_labels and POOL_indices."""
+    tensors = {}
+    for name, pool in pools.items():
+        tensors[f"{name}_images"] = pool.pixels
+        tensors[f"{name}_labels"] = pool.labels
+        tensors[f"{name}_indices"] = pool.indices
+    return tensors
+
+
 def _pools(path: Path, *names: str) -> list[LabeledImages]:
-    """The pools of a file of ours: auxiliary, tuning and private, unless others are named."""
+    """These pools, in a file of `named_tensors`."""
     tensors, _ = read_tensors(path)
     parts = ("images", "labels", "indices")
-    pools = []
-    for pool in names or ("auxiliary", "tuning", "private"):
-        pools.append(LabeledImages(*(tensors[f"{pool}_{part}"] for part in parts)))
-    return pools
+    return [LabeledImages(*(tensors[f"{name}_{part}"] for part in parts)) for name in names]
 
 
-def _cifar10(auxiliary: LabeledImages, tuning: LabeledImages, private: LabeledImages) -> Dataset:
-    pools = (auxiliary, tuning, private)
+def _cifar10(name: str, size: int = 32, full: bool = False) -> Dataset:
+    _require_size(name, size, 32)
+    pools = _cifar10_full() if full else _pools(CIFAR10_SAMPLE, "auxiliary", "tuning", "private")
     constants = (CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD)
-    return Dataset("cifar10", *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
+    return Dataset(name, *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
 
 
 def _cifar10_full() -> list[LabeledImages]:
@@ -301,9 +292,10 @@ def _cifar10_full() -> list[LabeledImages]:
     return [auxiliary, test[rows[:_TUNING_IMAGES]], test[sorted(rows[_TUNING_IMAGES:])]]
 
 
-def _imagenet64(name: str) -> Dataset:
+def _imagenet64(name: str, size: int = 64) -> Dataset:
     from torchvision.models import ResNet18_Weights  # takes a second to import
 
+    _require_size(name, size, 64)
     embedded = name == "imagenet64"
     path = IMAGENET64_SAMPLE if embedded else cache_folder() / f"{name}.safetensors"
     if not path.exists():
@@ -316,52 +308,35 @@ def _imagenet64(name: str) -> Dataset:
     return Dataset(name, classes, IMAGENET_MEAN, IMAGENET_STD, private[[]], tuning, private, 0)
 
 
-def _folder(root: Path, auxiliary_root: Path | None, size: int) -> Dataset:
-    """The folder root/class/image; the class index is the rank of the sub-folder's name."""
-    if not isinstance(size, int) or size < 1:
-        raise DataError(f"size={size!r} is no number of pixels. Give a whole one, such as 64.")
-    photographs, pool = _read_folder(root, size)
-    rows = stratified_rows(pool.labels, photographs.names, "split:0")
+def _require_size(name: str, size: int, own: int) -> None:
+    if size != own:
+        raise DataError(
+            f"{name} has images of {own} × {own} pixels; size={size!r} is not possible."
+        )
+
+
+def _folder(
+    name: str, root: Path | str, auxiliary_root: Path | str | None = None, size: int = 64
+) -> Dataset:
+    """The folder root/class/image; the class index is the rank of the sub-folder's name.
+
+    No image is in two pools, not even as a copy: what was `seen` in root is not auxiliary.
+    """
+    require_whole("size", size, least=1)
+    root, seen = Path(root), {}
+    photographs, pixels = read(list_folder(root), size, seen)
+    pool = LabeledImages(pixels, torch.tensor(photographs.labels))
+    rows = photographs.shuffled("split:0")
     first = round(0.1 * len(rows))
     second = first if auxiliary_root else first + round(0.5 * len(rows))
-    parts = rows[:first], rows[first:second], rows[second:]
-    tuning, auxiliary, private = (pool[sorted(part)] for part in parts)
+    parts = (rows[first:second], rows[:first], rows[second:])
+    auxiliary, tuning, private = (pool[sorted(part)] for part in parts)
     if auxiliary_root:
-        require_apart(root, auxiliary_root)
-        _, auxiliary = _read_folder(auxiliary_root, size, known=pool)
+        others, pixels = read(list_folder(Path(auxiliary_root)), size, seen)
+        auxiliary = LabeledImages(pixels, torch.tensor(others.labels))
     constants = (photographs.classes, IMAGENET_MEAN, IMAGENET_STD)
     pools = (auxiliary, tuning, private)
-    return Dataset(root.resolve().name, *constants, *pools, len(auxiliary))
+    return Dataset(printable(root.resolve().name), *constants, *pools, len(auxiliary))
 
 
-def _read_folder(
-    root: Path, size: int, known: LabeledImages | None = None
-) -> tuple[Photographs, LabeledImages]:
-    """The photographs, each once: its copy, or a `known` one, could be private elsewhere."""
-    photographs, pixels = read(list_folder(root), size)
-    seen = {_content(image) for image in known.pixels} if known else set()
-    rows = []
-    for row, image in enumerate(pixels):
-        content = _content(image)
-        if content not in seen:
-            rows.append(row)
-            seen.add(content)
-    if len(rows) < len(pixels):
-        copies = f"{len(pixels) - len(rows)} of {len(pixels)} photographs in {root}"
-        warnings.warn(f"Left out {copies}: they are copies of others.", stacklevel=2)
-        photographs, pixels = photographs[rows], pixels[rows]
-    return photographs, LabeledImages(pixels, torch.tensor(photographs.labels))
-
-
-def _content(image: Tensor) -> bytes:
-    return image.numpy().tobytes()
-
-
-def require_apart(root: Path, auxiliary_root: Path) -> None:
-    """Raise DataError if one of the folders lies in the other."""
-    private, auxiliary = root.resolve(), auxiliary_root.resolve()
-    if private.is_relative_to(auxiliary) or auxiliary.is_relative_to(private):
-        raise DataError(
-            f"{root} and {auxiliary_root} overlap: the attacker would own private images. "
-            "Give two folders, or only `root`."
-        )
+_LOADERS = {"cifar10": _cifar10, "imagenet64": _imagenet64, "folder": _folder}
