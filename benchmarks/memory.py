@@ -1,8 +1,7 @@
 """The most memory an attack takes, whole and in chunks: ResNet18, 64 images of 64×64,
 two iterations.
 
-python benchmarks/memory.py                                 # about ten minutes on two
-cores
+    python benchmarks/memory.py                                 # about ten minutes on two cores
     python benchmarks/memory.py --batch-size 4 --chunks 0 1     # does it work at all?
 
 Each attack runs in a process of its own; what the process held before the attack is
@@ -77,10 +76,8 @@ def main() -> None:
                 arguments.threads,
             ).result()
         rows.append({"model": "resnet18", **found, **machine(threads=arguments.threads)})
-        print(
-            f"{engine}, {found['chunk size']} at a time: {found['peak GiB']:.2f} GiB, {found['seconds an iteration']:.1f} s",
-            flush=True,
-        )
+        took = f"{found['peak GiB']:.2f} GiB, {found['seconds an iteration']:.1f} s"
+        print(f"{engine}, {found['chunk size']} at a time: {took}", flush=True)
     write_rows(
         "memory",
         rows,

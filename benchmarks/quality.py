@@ -1,9 +1,8 @@
 """How good a reconstruction is after how much time: attacks as their public code runs
 them, and with gipip's settings.
 
-python benchmarks/quality.py                                    # about twenty minutes
-on two quiet cores
-    python benchmarks/quality.py --model lenet --images 1 --released 50 --counts 20      # does it work at all?
+    python benchmarks/quality.py     # about twenty minutes on two quiet cores
+    python benchmarks/quality.py --model lenet --images 1 --released 50 --counts 20   # does it work?
 
 Single private images of CIFAR-10 (B = 1), untrained client in eval mode, one CPU thread
 an attack. The released attacks run with the double backward that public implementations
@@ -136,10 +135,8 @@ def main() -> None:
         for found in pool.map(course, *zip(*runs, strict=True)):
             rows += [row | where for row in found]
             last = found[-1]
-            print(
-                f"{last['arm']}, image {last['seed']}: {last['psnr']:.1f} dB after {last['seconds']:.0f} s",
-                flush=True,
-            )
+            reached = f"{last['psnr']:.1f} dB after {last['seconds']:.0f} s"
+            print(f"{last['arm']}, image {last['seed']}: {reached}", flush=True)
     write_rows("quality", rows, keys=("arm", "model", "seed", "iteration", "machine"))
 
 

@@ -13,13 +13,18 @@ from gipip.files import write_tensors
 
 PRIVATE_IMAGES = 256
 METADATA = {
-    "title": "Sample of CIFAR-10: 1,900 auxiliary images (training split), 200 tuning and 256 private images (test split)",
-    "source": "https://www.cs.toronto.edu/~kriz/cifar.html, binary version, SHA-256 of its six batches "
-    + CIFAR10_SHA256,
-    "citation": "Alex Krizhevsky. Learning Multiple Layers of Features from Tiny Images. Technical report, University of Toronto, 2009.",
-    "licence": "None stated by the authors; free for research, who ask that the technical report is cited.",
-    "drawn": "Each class in proportion, in the order of SHA-256(purpose:0:index), by data/draw_cifar10_sample.py; seed 0.",
-    "contents": "<pool>_images: uint8, NCHW, as in the source. <pool>_labels: 0 (airplane) to 9 (truck). <pool>_indices: place in split.",
+    "title": "Sample of CIFAR-10: 1,900 auxiliary images (training split), "
+    "200 tuning and 256 private images (test split)",
+    "source": "https://www.cs.toronto.edu/~kriz/cifar.html, binary version, "
+    f"SHA-256 of its six batches {CIFAR10_SHA256}",
+    "citation": "Alex Krizhevsky. Learning Multiple Layers of Features from Tiny Images. "
+    "Technical report, University of Toronto, 2009.",
+    "licence": "None stated by the authors; free for research, who ask that the technical report "
+    "is cited.",
+    "drawn": "Each class in proportion, in the order of SHA-256(purpose:0:index), by "
+    "data/draw_cifar10_sample.py; seed 0.",
+    "contents": "<pool>_images: uint8, NCHW, as in the source. <pool>_labels: 0 (airplane) to 9 "
+    "(truck). <pool>_indices: place in split.",
 }
 
 

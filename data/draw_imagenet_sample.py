@@ -47,9 +47,8 @@ def draw(wheel: Path) -> None:
         photographs, pixels = read(Photographs(Path(scratch), (), paths, labels), SIZE)
         excluded = int(near(perceptual_hashes(photographs), shipped_hashes()).sum())
     if excluded or len(labels) != 20:
-        sys.exit(
-            f"{len(labels)} photographs, of which {excluded} are among the auxiliary images: expected 20 and 0."
-        )
+        found = f"{len(labels)} photographs, {excluded} of them among the auxiliary images"
+        sys.exit(f"{found}: expected 20 and 0.")
     tensors = {}
     for pool, part in {
         "tuning": TUNING,

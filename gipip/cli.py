@@ -1,20 +1,20 @@
 """The `gipip` command.
 
-Commands import the parts of gipip that they need, so that `gipip --help` waits for none of them.
+gipip's parts are imported when a command needs them, so that `gipip --help` waits for none.
 """
 
+import itertools
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import ValidationError
+from typer import Argument, Option
 from typer.core import TyperGroup
 
+import gipip
 from gipip.errors import DataError, GipipError, OutOfTime
-
-if TYPE_CHECKING:
-    import gipip
 
 _OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -26,23 +26,22 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except OutOfTime as pause:
-            typer.secho(str(pause), fg="yellow", err=True)
-            raise typer.Exit(_OUT_OF_TIME) from pause
-        except (GipipError, OSError, ValueError) as error:
-            typer.secho(f"Error: {_line(error)}", fg="red", err=True)
-            raise typer.Exit(1) from error
+            _end(str(pause), _OUT_OF_TIME)
+        except ValidationError as invalid:
+            refused = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors()]
+            _end(f"Error: {'; '.join(refused)}.", 1)
+        except ModuleNotFoundError as missing:
+            _end(f"Error: {missing.name} is not installed: pip install 'gipip[all]'.", 1)
+        except (GipipError, OSError) as error:
+            _end(f"Error: {error}", 1)
         except KeyboardInterrupt:
             kept = "Stopped. What was finished is kept; the same command goes on from there."
-            typer.secho(f"\n{kept}", fg="yellow", err=True)
-            raise typer.Exit(130) from None
+            _end(f"\n{kept}", 130)
 
 
-def _line(error: Exception) -> str:
-    """The message; of pydantic's, which lists the settings it refuses, on one line."""
-    if hasattr(error, "errors"):
-        refused = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        return f"{'; '.join(refused)}."
-    return str(error)
+def _end(line: str, code: int) -> None:
+    typer.secho(line, fg="red" if code == 1 else "yellow", err=True)
+    raise typer.Exit(code) from None
 
 
 app = typer.Typer(
@@ -50,23 +49,17 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> bool:
+def _print_version(wanted: bool) -> None:
     if wanted:
-        import gipip
-
         typer.echo(f"gipip {gipip.__version__}")
         raise typer.Exit
-    return wanted
 
 
-Version = Annotated[
-    bool,
-    typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
-]
+_version = Option("--version", callback=_print_version, is_eager=True, help="Show it.")
 
 
 @app.callback()
-def main(version: Version = False):
+def main(version: Annotated[bool, _version] = False):
     """Gradient inversion attacks in federated learning, reproduced and fairly judged."""
 
 
@@ -78,49 +71,20 @@ def _seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-Private = Annotated[
-    Path | None,
-    typer.Option(
-        help="ImageNet photographs, FOLDER/class/image.", show_default="$GIPIP_DATA/private"
-    ),
-]
-Auxiliary = Annotated[
-    Path | None,
-    typer.Option(help="The attacker's images, as well.", show_default="$GIPIP_DATA/auxiliary"),
-]
-Budget = Annotated[
-    float | None,
-    typer.Option(
-        parser=_seconds,
-        metavar="TIME",
-        help="Stop after 45s, 9m or 2h, with exit code 75 if there is more to do.",
-    ),
-]
-Profile = Annotated[
-    str, typer.Option(help="smoke (minutes), cpu (under an hour), paper (hours on a GPU).")
-]
-Only = Annotated[
-    list[str], typer.Option(help="Number or name of a notebook, such as 02; may be repeated.")
-]
-InPlace = Annotated[
-    bool,
-    typer.Option("--in-place", help="Store the outputs in the notebooks themselves (smoke only)."),
-]
-Copies = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the executed copies.", show_default="results/notebooks/PROFILE"),
-]
+_budget = Option(parser=_seconds, metavar="TIME", help="Pause after 45s, 9m or 2h.")
+_private = Option(exists=True, file_okay=False, help="ImageNet photographs, FOLDER/class/image.")
+_auxiliary = Option(exists=True, file_okay=False, help="The attacker's images, as well.")
 
 
 @app.command()
 def reproduce(
-    profile: Profile,
-    only: Only = [],  # noqa: B006
-    in_place: InPlace = False,
-    output: Copies = None,
-    private: Private = None,
-    auxiliary: Auxiliary = None,
-    budget: Budget = None,
+    profile: Annotated[str, Option(help="smoke (minutes), cpu (an hour), paper (hours, a GPU).")],
+    only: Annotated[list[str], Option(help="Notebook, such as 02; repeatable.")] = [],  # noqa: B006
+    in_place: Annotated[bool, Option("--in-place", help="Keep outputs in the notebooks.")] = False,
+    output: Annotated[Path | None, Option(help="Folder of the executed copies.")] = None,
+    private: Annotated[Path | None, _private] = None,
+    auxiliary: Annotated[Path | None, _auxiliary] = None,
+    budget: Annotated[float | None, _budget] = None,
 ):
     """Run the notebooks and regenerate their figures.
 
@@ -134,145 +98,95 @@ def reproduce(
     folders = {"private": private, "auxiliary": auxiliary}
     parameters = {name: str(path.resolve()) for name, path in folders.items() if path}
     finished = run(
-        profile,
-        only,
-        in_place=in_place,
-        output=output,
-        parameters=parameters,
-        budget=budget,
-        report=lambda line: typer.secho(line, bold=True),
+        profile, only, in_place=in_place, output=output, parameters=parameters, budget=budget
     )
-    typer.echo()
     for notebook in finished:
-        figures = ", ".join(figure.stem for figure in notebook.figures) or "none"
-        typer.echo(f"{notebook.name:<22} {notebook.seconds:6.0f} s   figures: {figures}")
-    if finished:
-        typer.echo(f"Executed notebooks: {finished[0].copy.parent}")
-    for folder in sorted({figure.parent for notebook in finished for figure in notebook.figures}):
-        typer.echo(f"Figures: {folder}")
-
-
-Pictures = Annotated[
-    list[Path],
-    typer.Argument(help="Pictures, which one client holds as its batch.", metavar="IMAGE"),
-]
-AttackName = Annotated[
-    str, typer.Option("--attack", help="Such as gipip, ig, dlg, gias, gradinversion.")
-]
-Model = Annotated[
-    str, typer.Option(help="The client's untrained network: resnet18, convnet, lenet.")
-]
-Iterations = Annotated[
-    int | None, typer.Option(min=1, help="Steps of the optimiser.", show_default="the attack's")
-]
-Labels = Annotated[
-    str, typer.Option(help="given: the client shares its labels (0, 1, 2, …); or withheld.")
-]
-Size = Annotated[int, typer.Option(min=32, help="Pixels a side to which pictures are scaled.")]
-PriorFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Of `gipip train-prior`, for gias of `gipip train-generator`.",
-        show_default="the one that ships",
-    ),
-]
-Noise = Annotated[float, typer.Option(min=0, help="Standard deviation of the client's noise.")]
-Sparsity = Annotated[
-    float, typer.Option(min=0, max=0.999, help="Share of the gradient that the client sets to 0.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of the random start.")]
-Engine = Annotated[
-    str, typer.Option(help="How the gradient is computed: auto, eager, traced, cudagraph.")
-]
-ChunkSize = Annotated[
-    int | None, typer.Option(min=1, help="Images at a time, for less memory.", show_default="all")
-]
-Numbered = Annotated[Path, typer.Option(help="Folder in which each call makes a numbered one.")]
+        typer.echo(f"{notebook.copy}: {notebook.seconds:.0f} s")
+        for figure in notebook.figures:
+            typer.echo(f"  {figure}")
 
 
 @app.command()
 def attack(
-    images: Pictures,
-    name: AttackName = "gipip",
-    model: Model = "convnet",
-    iterations: Iterations = None,
-    labels: Labels = "given",
-    size: Size = 32,
-    prior: PriorFile = None,
-    noise: Noise = 0,
-    sparsity: Sparsity = 0,
-    seed: Seed = 0,
-    engine: Engine = "auto",
-    chunk_size: ChunkSize = None,
-    output: Numbered = Path("results/attack"),
+    images: Annotated[list[Path], Argument(help="What one client holds.", metavar="PICTURE")],
+    name: Annotated[str, Option("--attack", help="Such as ig; a wrong name lists all.")] = "gipip",
+    model: Annotated[str, Option(help="Untrained resnet18, convnet or lenet.")] = "convnet",
+    iterations: Annotated[int | None, Option(min=1, help="By default the attack's.")] = None,
+    labels: Annotated[Literal["given", "withheld"], Option(help="By the client.")] = "given",
+    size: Annotated[int, Option(min=32, max=512, help="To which pictures are scaled.")] = 32,
+    prior: Annotated[Path | None, Option(help="File of `gipip train`; else what ships.")] = None,
+    noise: Annotated[float, Option(min=0, help="Standard deviation, on the gradient.")] = 0,
+    sparsity: Annotated[float, Option(min=0, max=0.999, help="Of the gradient.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Of all that is random.")] = 0,
+    engine: Annotated[str, Option(help="auto, eager, traced or cudagraph.")] = "auto",
+    chunk_size: Annotated[int | None, Option(min=1, help="Images at a time, else all.")] = None,
+    output: Annotated[Path, Option(help="Of a folder a call.")] = Path("results/attack"),
 ):
     """Reconstruct your own pictures from the gradient that a client with them would share.
 
-    Writes each reconstruction and a picture of all beside the private images, and prints how close
-    they are. Weights tuned on CIFAR-10 are taken where there are any.
+    Writes each reconstruction and all of them below the private images, and prints how close they
+    are. Weights tuned for CIFAR-10, or at 64 pixels for ImageNet, are taken where there are any.
     """
     import torch
 
-    import gipip
     from gipip.data.datasets import load_images
 
-    kind = _kind(name)
+    kind = _attack_named(name)
     batch = load_images(images, size)
+    output.mkdir(parents=True, exist_ok=True)
     client = gipip.build_model(model, max(10, len(batch)), image_size=size)
     client.to("cuda" if torch.cuda.is_available() else "cpu")
-    defenses = [gipip.GaussianNoise(std=noise)] if noise != 0 else []
+    defenses: list = [gipip.GaussianNoise(std=noise)] if noise else []
     defenses += [gipip.Sparsification(sparsity=sparsity)] if sparsity else []
-    settings = {"seed": seed} | ({"iterations": iterations} if iterations else {})
-    if sparsity and "masked" in kind.model_fields:
-        settings["masked"] = True
-    condition = gipip.Scenario(model=model, batch_size=len(batch), defenses=defenses).condition
-    inverter = _tuned_or_default(kind, condition, settings | _prior(kind, prior, size))
-    update = gipip.Client(client).share(
-        batch,
-        labels=labels,
-        statistics="shared" if kind.needs_statistics else "withheld",
-        defenses=defenses,
-    )
+    share = gipip.Client(client).share
+    shared: Literal["shared", "withheld"] = "shared" if kind.needs_statistics else "withheld"
+    update = share(batch, labels=labels, statistics=shared, defenses=defenses)
+    dataset = "imagenet64" if size == 64 else "cifar10"
+    settings = {"seed": seed} | _prior_setting(kind, prior, dataset)
+    settings |= {"iterations": iterations} if iterations else {}
+    settings |= {"masked": True} if sparsity and "masked" in kind.model_fields else {}
+    about = {"dataset": dataset, "model": model, "batch_size": len(batch), "defenses": defenses}
+    condition = gipip.Scenario.model_validate(about).condition
+    inverter = _tuned_or_default(kind, condition, settings)
     result = inverter(client, update, engine=engine, chunk_size=chunk_size)
-    metrics = gipip.evaluate(result, batch, model=client)
-    _describe(result, metrics.assign(image=[path.name for path in images]))
-    _write(result, batch, metrics, [path.stem for path in images], output)
+    names = [typer.format_filename(path, shorten=True) for path in images]
+    metrics = gipip.evaluate(result, batch, model=client).assign(image=names)
+    _describe(result, metrics)
+    _save_pictures(batch.images, result, metrics, _new_folder(output, name))
 
 
-def _kind(name: str) -> "type[gipip.Attack]":
-    from gipip.attacks import ATTACKS
-
-    if name not in ATTACKS:
-        raise DataError(f"Unknown attack {name!r}. Known: {', '.join(ATTACKS)}.")
-    return ATTACKS[name]
+def _attack_named(name: str) -> "type[gipip.Attack]":
+    if name not in gipip.ATTACKS:
+        raise DataError(f"Unknown attack {name!r}. Known: {', '.join(sorted(gipip.ATTACKS))}.")
+    return gipip.ATTACKS[name]
 
 
-def _prior(kind: "type[gipip.Attack]", file: Path | None, size: int) -> dict:
-    """What the attack knows of natural images, as a setting."""
-    import gipip
-
+def _prior_setting(kind: "type[gipip.Attack]", file: Path | None, dataset: str) -> dict:
+    """What the attack knows of natural images: from the file, else what ships for the data set."""
     if "prior" not in kind.model_fields:
+        if file:
+            raise DataError(f"The attack {kind.name} takes no prior. Leave --prior out.")
         return {}
-    wanted = kind.model_fields["prior"].annotation
+    wanted: Any = kind.model_fields["prior"].annotation
     if file:
         return {"prior": wanted.load(file)}
-    if wanted is gipip.GenerativePrior:
-        return {"prior": gipip.load_generator("imagenet64" if size == 64 else "cifar10-3.8%")}
-    return {"prior": gipip.load_prior("imagenet64" if size == 64 else "cifar10")}
+    if wanted is gipip.AnomalyScore:
+        return {"prior": gipip.load_prior(dataset)}
+    shipped = "cifar10-3.8%" if dataset == "cifar10" else dataset
+    return {"prior": gipip.load_generator(shipped)}
 
 
 def _tuned_or_default(kind: "type[gipip.Attack]", condition: str, settings: dict) -> "gipip.Attack":
-    """The attack, with tuned weights where there are any for the condition."""
     try:
         return kind.tuned(condition, **settings)
     except DataError:
-        typer.echo(
-            f"No weights of {kind.__name__} were tuned for {condition}: taking its defaults."
-        )
+        none = f"No weights of {kind.__name__} were tuned for {condition}"
+        typer.echo(f"{none}: taking the attack's defaults.")
         return kind(**settings)
 
 
 def _describe(result: "gipip.Reconstruction", metrics) -> None:
+    """What the attack took for granted, how it ran, and how close it came."""
     assumptions = "; ".join(f"{name}: {value}" for name, value in result.assumptions.items())
     typer.echo(f"\nAssumptions: {assumptions}")
     typer.echo(f"Engine: {result.engine}, {result.seconds:.0f} s")
@@ -281,161 +195,96 @@ def _describe(result: "gipip.Reconstruction", metrics) -> None:
     typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))
 
 
-def _write(result, batch, metrics, names: list[str], output: Path) -> None:
-    """The reconstructions and the comparison, in a new folder."""
-    from torchvision.transforms.functional import to_pil_image
+def _new_folder(parent: Path, name: str) -> Path:
+    """parent/name-1, or the next number that is not taken."""
+    numbered = (parent / f"{name}-{number}" for number in itertools.count(1))
+    folder = next(path for path in numbered if not path.exists())
+    folder.mkdir(parents=True)
+    return folder
 
-    from gipip.figures import image_grid, save_figure, use_style
 
-    folder = _new_folder(output)
-    found = result.images[metrics["matched"].tolist()]
-    for row, (name, image) in enumerate(zip(names, found, strict=True)):
-        to_pil_image(image).save(folder / f"{row:02d}-{name}.png")
+def _save_pictures(private, result, metrics, folder: Path) -> None:
+    """Each reconstruction, and both rows of images in one figure where figures are installed."""
+    from torchvision.utils import save_image
+
+    reconstructed = result.images[metrics["matched"].tolist()]
+    for number, image in enumerate(reconstructed):
+        save_image(image, folder / f"{number + 1}-{Path(metrics['image'][number]).stem}.png")
+    typer.echo(f"Reconstructions: {folder}")
+    try:
+        from gipip.figures import image_grid, save_figure, use_style
+    except ModuleNotFoundError as missing:
+        typer.echo(f"No figure, as {missing.name} is missing: pip install 'gipip[notebooks]'.")
+        return
     use_style()
-    rows = {"private": batch.images, "reconstruction": found}
     captions = {"reconstruction": [f"{value:.1f} dB" for value in metrics["psnr"]]}
-    picture = save_figure("comparison", image_grid(rows, captions=captions), metrics, folder)
-    typer.echo(f"Picture: {picture.png}")
-
-
-def _new_folder(output: Path) -> Path:
-    """output/1, output/2, …: the first that is not there yet."""
-    output.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while (output / str(number)).exists():
-        number += 1
-    (output / str(number)).mkdir()
-    return output / str(number)
+    grid = image_grid({"private": private, "reconstruction": reconstructed}, captions=captions)
+    typer.echo(f"Picture: {save_figure('comparison', grid, metrics, folder).png}")
 
 
 @app.command()
 def data(
-    name: Annotated[
-        str | None,
-        typer.Argument(help="cifar10: download and verify it, 184 MB. imagenet64: from --private."),
-    ] = None,
-    private: Private = None,
-    auxiliary: Auxiliary = None,
+    name: Annotated[Literal["cifar10", "imagenet64"] | None, Argument()] = None,
+    private: Annotated[Path | None, _private] = None,
+    auxiliary: Annotated[Path | None, _auxiliary] = None,
 ):
-    """List the data and weights at hand, download the full CIFAR-10, or prepare private photographs
-    from your copy of ImageNet.
+    """List the data and weights at hand; with a name, get more.
+
+    cifar10: download all of it and verify it, 184 MB. imagenet64: prepare private photographs from
+    your copy of ImageNet.
     """
     from gipip.data.download import download_cifar10
-    from gipip.data.imagenet import prepare_imagenet
 
-    if name is None:
-        _list_data()
-    elif name == "cifar10":
+    if name == "cifar10":
         typer.echo(f"The full CIFAR-10, verified: {download_cifar10()}")
     elif name == "imagenet64":
-        typer.echo(prepare_imagenet(private, auxiliary))
+        typer.echo(gipip.prepare_imagenet(private, auxiliary))
     else:
-        raise DataError(
-            f"Unknown data set {name!r}. Known: cifar10, imagenet64. "
-            "For other pictures: load_dataset('folder', root=…)."
-        )
+        _list_data()
 
 
 def _list_data() -> None:
     from gipip.data.download import CIFAR10_FILE, cache_folder
     from gipip.files import DATA
 
-    there = cache_folder()
-    _list("Ships with gipip:", DATA.glob("*.safetensors"), "none")
-    downloads = "not here; `gipip data cifar10` downloads it"
-    _list("The full CIFAR-10:", there.glob(CIFAR10_FILE), downloads)
-    prepares = "not here; `gipip data imagenet64 --private FOLDER` prepares them"
-    _list("Private ImageNet photographs:", there.glob("imagenet64-*.safetensors"), prepares)
+    photographs = "Private ImageNet photographs, by `gipip data imagenet64 --private FOLDER`"
+    places = {
+        "Ships with gipip": DATA.glob("*.safetensors"),
+        "The full CIFAR-10, by `gipip data cifar10`": cache_folder().glob(CIFAR10_FILE),
+        photographs: cache_folder().glob("imagenet64-*.safetensors"),
+    }
+    for title, paths in places.items():
+        typer.echo(f"{title}:")
+        lines = [f"  {path.stat().st_size / 1e6:7.1f} MB  {path}" for path in sorted(paths)]
+        typer.echo("\n".join(lines) or "  not here")
 
 
-def _list(title: str, paths: Iterable[Path], otherwise: str) -> None:
-    typer.echo(title)
-    lines = [f"{path.stat().st_size / 1e6:7.1f} MB  {path}" for path in sorted(paths)]
-    for line in lines or [otherwise]:
-        typer.echo(f"  {line}")
-
-
-Data = Annotated[
-    str, typer.Option(help="cifar10, or a folder, FOLDER/class/image, of which half stays private.")
-]
-Fraction = Annotated[
-    float | None,
-    typer.Option(help="Share of the images.", show_default="CIFAR-10: 0.038, folder: all"),
-]
-Full = Annotated[
-    bool, typer.Option("--full", help="Draw from the full CIFAR-10, after `gipip data cifar10`.")
-]
-Side = Annotated[
-    int | None, typer.Option(min=8, help="Pixels a side.", show_default="CIFAR-10: 32, folder: 64")
-]
-Width = Annotated[int, typer.Option(min=1, help="Channels of the layer nearest to the image.")]
-Steps = Annotated[int, typer.Option(min=1, help="Training steps, of which the best are kept.")]
-Depth = Annotated[int, typer.Option(min=1, help="Layers that halve the image.")]
-Output = Annotated[Path, typer.Option(help="File to write.")]
-FirstWeights = Annotated[
-    int, typer.Option(min=0, help="Of the auxiliary images, the first weights and the batches.")
-]
+_TRAININGS = {  # what trains it, and the measure by which the best weights are chosen
+    "autoencoder": ("train_autoencoder", "validation"),
+    "generator": ("train_generator", "kernel distance"),
+}
 
 
 @app.command()
-def train_prior(
-    data: Data = "cifar10",
-    fraction: Fraction = None,
-    full: Full = False,
-    steps: Steps = 6_000,
-    width: Width = 12,
-    depth: Depth = 3,
-    size: Side = None,
-    output: Output = Path("results/autoencoder.safetensors"),
-    seed: FirstWeights = 0,
+def train(
+    what: Annotated[Literal["autoencoder", "generator"], Argument(help="For gipip, or for gias.")],
+    data: Annotated[str, Option(help="cifar10, or a folder, FOLDER/class/image.")] = "cifar10",
+    fraction: Annotated[float | None, Option(help="Of cifar10's images, by default 0.038.")] = None,
+    full: Annotated[bool, Option("--full", help="After `gipip data cifar10`.")] = False,
+    size: Annotated[int | None, Option(min=8, max=512, help="Of a folder's images: 64.")] = None,
+    steps: Annotated[int | None, Option(min=1, help="By default the library's.")] = None,
+    seed: Annotated[int, Option(min=0, help="Of all that is random.")] = 0,
+    output: Annotated[Path | None, Option(dir_okay=False, help="In results, if not given.")] = None,
 ):
-    """Train the autoencoder of GI-PIP's anomaly score on auxiliary images."""
-    import gipip
-
-    dataset = _dataset(data, size, full)
+    """Train what an attacker learns from auxiliary images, for `gipip attack --prior`."""
+    folder = None if data == "cifar10" else data
+    dataset = gipip.load_dataset("folder" if folder else data, root=folder, size=size, full=full)
     auxiliary = dataset.auxiliary(fraction, seed=seed)
-    prior = gipip.train_autoencoder(auxiliary, width=width, depth=depth, steps=steps, seed=seed)
-    lowest = min(prior.provenance["history"]["validation"], default=float("nan"))
-    result = f"Lowest validation loss {lowest:.5f}; offset c {prior.offset:.5f}"
-    _save(prior, dataset, output, result)
-
-
-@app.command()
-def train_generator(
-    data: Data = "cifar10",
-    fraction: Fraction = None,
-    full: Full = False,
-    steps: Steps = 3_000,
-    width: Width = 32,
-    size: Side = None,
-    output: Output = Path("results/generator.safetensors"),
-    seed: FirstWeights = 0,
-):
-    """Train the generator of GIAS on auxiliary images."""
-    import gipip
-
-    dataset = _dataset(data, size, full)
-    auxiliary = dataset.auxiliary(fraction, seed=seed)
-    prior = gipip.train_generator(auxiliary, width=width, steps=steps, seed=seed)
-    distance = min(prior.provenance["history"]["kernel distance"])
-    _save(prior, dataset, output, f"Kernel distance to the auxiliary images {distance:.5f}")
-
-
-def _dataset(data: str, size: int | None, full: bool) -> "gipip.Dataset":
-    import gipip
-
-    if data == "cifar10":
-        return gipip.load_dataset(data, size=size, full=full)
-    return gipip.load_dataset("folder", root=data, size=size, full=full)
-
-
-def _save(
-    prior: "gipip.AnomalyScore | gipip.GenerativePrior",
-    dataset: "gipip.Dataset",
-    output: Path,
-    result: str,
-) -> None:
+    options = {"seed": seed} | ({"steps": steps} if steps else {})
+    training, measure = _TRAININGS[what]
+    prior = getattr(gipip, training)(auxiliary, **options)
     prior.provenance["dataset"] = dataset.name
-    typer.echo(f"Trained on {prior.provenance['images']:,} images of {dataset.name}.")
-    typer.echo(result)
-    typer.echo(f"Saved: {prior.save(output)}")
+    typer.echo(f"Trained on {len(auxiliary):,} images of {dataset.name}.")
+    lowest = min(prior.provenance["history"][measure], default=float("nan"))
+    typer.echo(f"Lowest {measure}: {lowest:.5f}")
+    typer.echo(f"Saved: {prior.save(output or Path('results') / f'{what}.safetensors')}")

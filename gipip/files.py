@@ -18,6 +18,7 @@ import torch
 
 from gipip.errors import DamagedFileError, DataError
 
+_ANEW = "Delete it and make or download it again."
 _PACKAGE = Path(__file__).parent
 DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent / "data"
 """Folder of the files that ship with gipip: `data/` of a checkout, `gipip/_data/` of an
@@ -31,12 +32,9 @@ def shipped(kind: str, name: str, advice: str) -> Path:
     """
     path = DATA / f"{kind}-{name}.safetensors"
     if not path.exists():
-        known = ", ".join(
-            sorted(
-                path.stem.removeprefix(f"{kind}-") for path in DATA.glob(f"{kind}-*.safetensors")
-            )
-        )
-        raise DataError(f"No {kind} {name!r} ships with gipip. Known: {known or 'none'}. {advice}")
+        paths = sorted(DATA.glob(f"{kind}-*.safetensors"))
+        known = ", ".join(path.stem.removeprefix(f"{kind}-") for path in paths) or "none"
+        raise DataError(f"No {kind} {name!r} ships with gipip. Known: {known}. {advice}")
     return path
 
 
@@ -48,7 +46,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
     for name, tensor in sorted(tensors.items()):
         array = tensor.detach().cpu().contiguous().numpy()
         digest.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array)
+        digest.update(array.data)
     return digest.hexdigest()
 
 
@@ -86,19 +84,6 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     return path
 
 
-def read_metadata(path: Path | str) -> dict:
-    """Metadata alone of a file by `write_tensors`: quick, but not verified. Raises
-    DamagedFileError if it cannot be read.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads(json.loads(file.metadata()["gipip"])["metadata"])
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedFileError(
-            f"{path} was not written by gipip, or is damaged ({error})."
-        ) from error
-
-
 def set_aside(path: Path) -> Path:
     """Rename a damaged file to NAME.damaged-TIME, so that it is neither trusted nor
     lost; its new path.
@@ -119,14 +104,11 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
         raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise DamagedFileError(
-            f"{path} is no readable safetensors file ({error}). Delete it and make or download it again."
+            f"{path} is no readable safetensors file ({error}). {_ANEW}"
         ) from error
     if "sha256" not in header or "metadata" not in header:
-        raise DamagedFileError(
-            f"{path} was not written by gipip: it has no checksum. Expected a file from gipip's write_tensors."
-        )
+        raise DamagedFileError(f"{path} has no checksum: it was not written by gipip. {_ANEW}")
     if fingerprint(tensors, header["metadata"]) != header["sha256"]:
-        raise DamagedFileError(
-            f"{path} does not match its checksum: it was altered or cut short. Delete it and make or download it again."
-        )
+        altered = "it was altered or cut short"
+        raise DamagedFileError(f"{path} does not match its checksum: {altered}. {_ANEW}")
     return tensors, json.loads(header["metadata"])

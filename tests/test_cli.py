@@ -15,8 +15,6 @@ from typer.testing import CliRunner
 import gipip
 from gipip import cli
 from gipip.errors import OutOfTime
-from gipip.experiments import sweep as experiments
-from gipip.experiments import tuning
 from gipip.files import write_tensors
 from gipip.priors import Generator
 
@@ -84,22 +82,7 @@ def generator(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    [
-        (),
-        *(
-            (name,)
-            for name in (
-                "reproduce",
-                "attack",
-                "data",
-                "train-prior",
-                "train-generator",
-                "tune",
-                "pack",
-                "collect",
-            )
-        ),
-    ],
+    [(), *((name,) for name in ("reproduce", "attack", "data", "train-prior", "train-generator"))],
 )
 def test_every_command_has_a_help_text_and_helps_with_each_option(command):
     text = succeeds(*command, "--help")
@@ -128,11 +111,6 @@ def test_the_version_is_the_packages():
         (["train-prior", "--depth", "6"], "cannot be halved 6 times"),
         (["train-generator", "--data", "nowhere"], "nowhere is not a folder"),
         (["train-generator", "--fraction", "0"], "fraction=0.0 selects no part"),
-        (["tune", "everything"], "Unknown study 'everything'. Known: main, "),
-        (
-            ["tune", "--scheduler", "head"],
-            "There is no dask scheduler at 'head' (missing port number in address 'head').",
-        ),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(arguments, message):
@@ -481,47 +459,6 @@ def test_the_training_defaults_are_the_librarys(command, training, names):
     assert {name: ours[name].default for name in names} == {
         name: librarys[name].default for name in names
     }
-
-
-def test_a_study_is_added_to_the_file_with_its_grid_and_what_it_was_made_with(
-    tmp_path, monkeypatch
-):
-    def tiny(prior, iterations):
-        attack = gipip.GIPIP(prior=prior, iterations=iterations)
-        return tuning.Study(
-            (gipip.Scenario(pool="tuning", model="lenet"),),
-            {"GIPIP": tuning.Arm(attack, ({"tv_weight": (0.0, 0.1)},))},
-        )
-
-    def sweep(runs, *, store, workers, scheduler):
-        assert workers == 1 and scheduler == "tcp://head:8786"
-        return [experiments.execute(run, experiments.ResultStore(store)) for run in runs]
-
-    monkeypatch.setitem(tuning._STUDIES, "tiny", (tiny, 99, "cifar10"))
-    monkeypatch.setattr(tuning, "sweep", sweep)  # in this process: a worker takes long to start
-    output = tmp_path / "tuned.json"
-    cluster = ["--workers", 1, "--scheduler", "tcp://head:8786"]
-    text = succeeds(
-        "tune",
-        "tiny",
-        "--iterations",
-        2,
-        *cluster,
-        "--store",
-        tmp_path / "store",
-        "--output",
-        output,
-    )
-    assert f"Saved: {output}" in text and len(list((tmp_path / "store").glob("*.safetensors"))) == 2
-    written = json.loads(output.read_text())
-    assert written["settings"]["cifar10/lenet/B=1"]["GIPIP"]["tv_weight"] in (0.0, 0.1)
-    made = written["studies"]["tiny"]["made"]
-    assert set(made["iterations"].values()) == {2}
-    assert {
-        "command": "gipip tune tiny",
-        "priors": {"GIPIP": gipip.load_prior().with_offset(0).fingerprint},
-    }.items() <= made.items()
-    assert len(written["studies"]["tiny"]["grid"]) == 2
 
 
 def test_photographs_are_prepared_and_how_many_were_left_out_is_said(tmp_path, monkeypatch):

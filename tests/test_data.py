@@ -162,9 +162,7 @@ def test_classes_that_a_pool_has_no_image_of_are_refused(classes):
 
 
 def test_a_batch_of_more_distinct_labels_than_classes_says_what_is_possible():
-    with pytest.raises(
-        BatchSizeError, match="Ask for 1 to 4, .*distinct_labels=False"
-    ):
+    with pytest.raises(BatchSizeError, match="Ask for 1 to 4, .*distinct_labels=False"):
         SAMPLE.restricted(VEHICLES).private(batch_size=5)
 
 

@@ -34,7 +34,10 @@ from gipip.errors import (
 from gipip.evaluation.statistics import paired_difference
 from gipip.experiments import sweep as experiments
 from gipip.experiments.cluster import open_cluster
-from gipip.experiments.sweep import Result, Results, ResultStore, Run, Scenario, execute, sweep
+from gipip.experiments.results import Results
+from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.store import Result, ResultStore
+from gipip.experiments.sweep import execute, sweep
 from gipip.federation import models
 from gipip.federation.client import FedAvg
 from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification

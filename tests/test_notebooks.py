@@ -15,7 +15,7 @@ from gipip.reproduce import notebooks_folder, plan, read_profiles, unfinished
 
 FOLDER = notebooks_folder()
 NOTEBOOKS = [path for path in sorted(FOLDER.glob("*.ipynb")) if not path.stem.endswith(".failed")]
-CODE_LINES = 115
+CODE_LINES, LINE, LAST = 75, 100, "## What the full run found"
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(?:home|root|Users|work|tmp|mnt|opt|usr|var)/|[A-Z]:\\\\?Users|site-packages"
 )
@@ -40,7 +40,17 @@ def problems(notebook: NotebookNode) -> list[str]:
         "no check cell without outputs": all(
             cell.outputs for cell in code if cell.source.startswith("# NBVAL_CHECK_OUTPUT")
         ),
-        "no def and no class": not any(_defines(cell.source) for cell in code),
+        "no def, class or lambda": not _nodes(code, *DEFINITIONS),
+        "no comprehension inside another": not any(
+            isinstance(inner, COMPREHENSIONS)
+            for outer in _nodes(code, *COMPREHENSIONS)
+            for inner in list(ast.walk(outer))[1:]
+        ),
+        "a message in every assert": all(node.msg for node in _nodes(code, ast.Assert)),
+        f"lines of at most {LINE} characters": all(
+            len(line) <= LINE for cell in code for line in cell.source.splitlines()
+        ),
+        f"{LAST!r} as the last section": _headings(notebook)[-1:] == [LAST],
         f"at most {CODE_LINES} lines of code": sum(_code_lines(cell.source) for cell in code)
         <= CODE_LINES,
         "no widget state": "widgets" not in notebook.metadata,
@@ -51,12 +61,20 @@ def problems(notebook: NotebookNode) -> list[str]:
     return [expected for expected, holds in found.items() if not holds]
 
 
-def _defines(source: str) -> bool:
-    tree = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.MULTILINE))
-    return any(
-        isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        for node in ast.walk(tree)
-    )
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def _nodes(code: list[NotebookNode], *kinds: type[ast.AST]) -> list:
+    """The nodes of these kinds in the syntax trees of code cells, magics apart."""
+    sources = [re.sub(r"^\s*[%!].*", "", cell.source, flags=re.MULTILINE) for cell in code]
+    trees = [ast.parse(source) for source in sources]
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def _headings(notebook: NotebookNode) -> list[str]:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return [line for line in text.splitlines() if line.startswith("## ")]
 
 
 def _code_lines(source: str) -> int:
@@ -81,6 +99,40 @@ def test_a_committed_notebook_is_executed_and_checks_something(path):
     assert problems(nbformat.read(path, as_version=4)) == []
 
 
+def links(cell: NotebookNode) -> list[str]:
+    """The notebooks that a cell's Markdown links to."""
+    return re.findall(r"\]\((\w+\.ipynb)\)", cell.source)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_links_to_its_neighbours_at_its_top_and_at_its_bottom(path):
+    place, names = NOTEBOOKS.index(path), [path.name for path in NOTEBOOKS]
+    neighbours = {*names[max(place - 1, 0) : place], *names[place + 1 : place + 2]}
+    cells = nbformat.read(path, as_version=4).cells
+    assert neighbours <= set(links(cells[0])) and neighbours <= set(links(cells[-1]))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebooks_that_one_links_to_exist(path):
+    cells = nbformat.read(path, as_version=4).cells
+    linked = {name for cell in cells if cell.cell_type == "markdown" for name in links(cell)}
+    assert linked <= {path.name for path in NOTEBOOKS}
+
+
+def test_the_glossary_of_the_first_notebook_explains_the_terms_of_the_field():
+    text = "\n".join(_texts(cell)[0] for cell in nbformat.read(NOTEBOOKS[0], as_version=4).cells)
+    explained = set(re.findall(r"[\w-]+", " ".join(re.findall(r"^\| \*\*(.*?)\*\*", text, re.M))))
+    assert explained >= set(
+        ["client", "server", "update", "gradient", "matching", "total", "variation", "anomaly", "score", "prior", "auxiliary", "data", "FedSGD", "FedAvg", "PSNR", "SSIM", "LPIPS", "batch", "condition", "tuned", "released"]
+    )
+
+
+def test_the_committed_notebooks_are_small():
+    sizes = {path.stem: path.stat().st_size for path in NOTEBOOKS}
+    assert sum(sizes.values()) < 3_000_000
+    assert sizes["06_imagenet64"] < 600_000
+
+
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "paper"])
 def test_a_profile_sets_only_parameters_that_the_notebooks_declare(profile):
     assert list(plan(profile, folder=FOLDER)) == [path.stem for path in NOTEBOOKS]
@@ -103,6 +155,7 @@ def sound() -> NotebookNode:
         new_code_cell(
             "# NBVAL_CHECK_OUTPUT\nprint('the prior helps')", execution_count=2, outputs=shown
         ),
+        new_markdown_cell(LAST),
     ]
     return new_notebook(
         cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
@@ -124,7 +177,17 @@ VACUOUS = {
     "a check cell with outputs": lambda notebook: notebook.cells[2].update(
         source="print('the prior helps')"
     ),
-    "no def and no class": lambda notebook: notebook.cells[1].update(source="def f():\n    pass"),
+    "no def, class or lambda": lambda notebook: notebook.cells[1].update(source="f = lambda: 0"),
+    "no comprehension inside another": lambda notebook: notebook.cells[1].update(
+        source="a = [sum(i for i in row) for row in [[1]]]"
+    ),
+    "a message in every assert": lambda notebook: notebook.cells[1].update(source="assert 1"),
+    f"lines of at most {LINE} characters": lambda notebook: notebook.cells[1].update(
+        source=f"a = {'1' * LINE}"
+    ),
+    f"{LAST!r} as the last section": lambda notebook: notebook.cells.append(
+        new_markdown_cell("## And then")
+    ),
     f"at most {CODE_LINES} lines of code": lambda notebook: notebook.cells[1].update(
         source="a = 1\n" * CODE_LINES
     ),
@@ -144,7 +207,7 @@ def test_the_guard_catches(expected):
 
 def test_the_guard_catches_a_notebook_that_was_never_executed():
     notebook = sound()
-    for cell in notebook.cells[1:]:
+    for cell in notebook.cells[1:3]:
         cell.update(execution_count=None, outputs=[])
     expected = [
         "code cells, all executed, in order, without errors",

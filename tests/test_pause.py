@@ -14,7 +14,9 @@ from gipip.attacks import checkpoints
 from gipip.attacks.checkpoints import Checkpoint
 from gipip.errors import OutOfTime
 from gipip.experiments import sweep as experiments
-from gipip.experiments.sweep import ResultStore, Run, Scenario, execute, sweep
+from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.store import ResultStore
+from gipip.experiments.sweep import execute, sweep
 from gipip.files import read_metadata
 from gipip.priors import GenerativePrior, Generator
 from gipip.progress import time_limit

@@ -19,7 +19,9 @@ import torch
 
 from gipip.attacks import InvertingGradients
 from gipip.errors import SweepError
-from gipip.experiments.sweep import ResultStore, Run, Scenario, execute, sweep
+from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.store import ResultStore
+from gipip.experiments.sweep import execute, sweep
 
 LENET = Scenario(model="lenet")
 GPU = {"GPU": 1}

@@ -14,7 +14,9 @@ from gipip.data.datasets import Dataset, load_dataset
 from gipip.errors import DataError
 from gipip.experiments import sweep as experiments
 from gipip.experiments import tuning
-from gipip.experiments.sweep import ResultStore, Run, Scenario, execute
+from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.store import ResultStore
+from gipip.experiments.sweep import execute
 from gipip.experiments.tuning import Arm, Study, tune, write_tuned
 from gipip.federation.defenses import Sparsification
 from gipip.priors import load_prior

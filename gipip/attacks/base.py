@@ -114,8 +114,7 @@ class Attack(BaseModel):
 
     def labels(self, view: View, variables: Variables) -> Int[Tensor, "batch"]:
         """The labels that belong to a result."""
-        assert view.labels is not None, "an attack that optimises labels says which they are"
-        return view.labels
+        return view.known_labels
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         """What this attack takes for granted, as data for the tables."""

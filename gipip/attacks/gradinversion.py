@@ -1,5 +1,7 @@
 """GradInversion (Yin et al., CVPR 2021): match BatchNorm statistics; seeds agree."""
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from pydantic import NonNegativeFloat, PositiveInt
@@ -54,13 +56,13 @@ class GradInversion(InvertingGradients):
     def terms(self, view: View, variables: Variables) -> Terms:
         x = variables["images"]
         groups = x.chunk(self.seeds)
-        statistics = sum(self._statistics(view, group) for group in groups) / self.seeds
-        matching = sum(self.distance(view, group) for group in groups) / self.seeds
+        statistics = torch.stack([self._statistics(view, group) for group in groups])
+        matching = torch.stack([self.distance(view, group) for group in groups])
         apart = torch.stack(groups) - torch.stack(groups).mean(dim=0)
         return {
-            "gradient matching": matching,
+            "gradient matching": matching.mean(),
             "total variation": self.tv_weight * total_variation(x),
-            "BatchNorm statistics": self.statistics_weight * statistics,
+            "BatchNorm statistics": self.statistics_weight * statistics.mean(),
             "group consistency": self.group_weight * apart.square().mean(),
         }
 
@@ -70,10 +72,10 @@ class GradInversion(InvertingGradients):
         """Distance of one seed's BatchNorm statistics to the shared ones."""
         with batch_statistics(view.model.network) as found:
             view.model.network(images)
-        ours = [moment for layer in found for moment in layer]
-        shared = [moment for layer in view.update.statistics for moment in layer]
+        ours = itertools.chain.from_iterable(found)
+        shared = itertools.chain.from_iterable(view.update.statistics or ())
         pairs = zip(ours, shared, strict=True)
-        return sum((a - b).square().mean() for a, b in pairs) / len(ours)
+        return torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         about = super().assumptions(update)

@@ -55,7 +55,7 @@ class InvertingGradients(Attack):
         self, view: View, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, ""]:
         """1 − cos(g, g*) of normalised images; with `masked` where g* is not zero."""
-        gradients = view.gradients(images, view.labels)
+        gradients = view.gradients(images, view.known_labels)
         if self.masked:
             pairs = zip(gradients, view.target, strict=True)
             gradients = Gradients(gradient * (shared != 0) for gradient, shared in pairs)

@@ -87,6 +87,12 @@ class View:
         """Of the candidate images."""
         return (self.update.batch_size, *self.update.image_shape)
 
+    @property
+    def known_labels(self) -> Int[Tensor, "batch"]:
+        """The labels, of an attack that does not optimise them."""
+        assert self.labels is not None, "this attack optimises labels"
+        return self.labels
+
     @cached_property
     def classes(self) -> int:
         """How many the model knows."""

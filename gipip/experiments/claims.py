@@ -12,7 +12,7 @@ import pandas as pd
 
 from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, verdict
-from gipip.experiments.sweep import Results
+from gipip.experiments.results import Results
 
 _COLUMNS = (
     dict.fromkeys(("claim", "compared", "metric"), str)

@@ -46,9 +46,8 @@ class Results(Sequence):
         when there are no results.
         """
         if not self:
-            raise DataError(
-                "There are no results to make a table of. Look at what was selected, or at the list of runs."
-            )
+            advice = "Look at what was selected, or at the list of runs."
+            raise DataError(f"There are no results to make a table of. {advice}")
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
     def table(self, metrics: Sequence[str] = ("psnr", "ssim", "lpips")) -> pandas.DataFrame:

@@ -1,4 +1,4 @@
-"""Results, and the folder that keeps them: nothing is computed twice, nothing damaged is trusted."""
+"""Results, and the folder that keeps them: none is computed twice, none trusted if damaged."""
 
 import contextlib
 import tempfile
@@ -113,5 +113,5 @@ def read_result(path: Path, run: Run) -> Result:
     for name in sorted(tensors):
         if name.startswith("history/"):
             history[name.removeprefix("history/")] = tensors[name]
-    parts = (tensors[name] for name in ("images", "truth", "labels"))
-    return Result(run, *parts, history, metrics, details)
+    images, truth, labels = (tensors[name] for name in ("images", "truth", "labels"))
+    return Result(run, images, truth, labels, history, metrics, details)

@@ -194,7 +194,7 @@ def _execute_with(
     executor: Executor, runs: list[Run], store: ResultStore
 ) -> dict[Run, BaseException]:
     """Run everything on workers that somebody else looks after; gives what failed."""
-    failures = {}
+    failures: dict[Run, BaseException] = {}
     futures = {executor.submit(_work, run, store, time_limit()): run for run in runs}
     finished = as_completed(futures)
     try:
@@ -211,7 +211,7 @@ def _execute_here(runs: list[Run], store: ResultStore, workers: int) -> dict[Run
     """On processes of this machine, of which one may die: runs that were under way then are tried
     once more, each on a process of its own, so that it costs only the run that killed it.
     """
-    waiting, failures = deque(runs), {}
+    waiting, failures = deque(runs), dict[Run, BaseException]()
     with progress(total=len(runs), description="attacks", unit="run") as bar:
         while waiting:
             for run in _until_one_dies(waiting, store, min(workers, len(runs)), failures, bar):
@@ -249,7 +249,7 @@ def _until_one_dies(
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[Executor]:
-    """Processes with one thread each, that are gone in the end, whatever happens. No port is opened."""
+    """Processes with one thread each, that are gone in the end. No port is opened."""
     before, others = dict(os.environ), set(multiprocessing.active_children())
     os.environ.update(_INHERITED)
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))

@@ -22,7 +22,8 @@ from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.presets import RELEASED_OFFSETS
 from gipip.errors import DataError
-from gipip.experiments.sweep import Run, Scenario, sweep
+from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.sweep import sweep
 from gipip.federation.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
 from gipip.files import DATA
 from gipip.priors import AnomalyScore, load_generator, load_prior

@@ -10,6 +10,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, NoneType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ def _channels_last(weight: Tensor) -> Tensor:
 
 def _rewritten(recorded: GraphModule) -> GraphModule:
     """The recording with the derivatives of derivatives.py, and without what nobody needs."""
-    graph = recorded.graph
+    graph: Any = recorded.graph  # whose nodes' arguments may be of many kinds
     for node in graph.nodes:
         node.target = INSTEAD.get(node.target, node.target)
         if node.target is _aten.alias.default:  # what `detach` leaves: the same tensor
