@@ -3,13 +3,13 @@ tuned on it), private (reported).
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
@@ -52,7 +52,7 @@ class LabeledImages:
     indices: Int64[Tensor, "batch"] = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pixels, _Pixels):
+        if not isinstance(self.pixels, _Pixels):  # type: ignore[arg-type]
             expected = "Expected uint8 or float32 images, (batch, 3, height, width)"
             raise DataError(f"{expected}; got {_kind(self.pixels)}.")
         if self.pixels.is_floating_point() and not ((self.pixels >= 0) & (self.pixels <= 1)).all():
@@ -64,7 +64,7 @@ class LabeledImages:
             object.__setattr__(self, "indices", torch.arange(count))
         for name in ("labels", "indices"):
             given = getattr(self, name)
-            if not isinstance(given, Int64[Tensor, f"{count}"]):
+            if not isinstance(given, Int64[Tensor, f"{count}"]):  # type: ignore[arg-type]
                 expected = f"Expected {name} as an int64 tensor, one for each of {count} images"
                 raise DataError(f"{expected}; got {_kind(given)}.")
 
@@ -192,7 +192,7 @@ def _batch(
     pool: LabeledImages, size: int, seed: int, distinct_labels: bool, purpose: str
 ) -> LabeledImages:
     possible = len(pool.labels.unique()) if distinct_labels else len(pool)
-    if not isinstance(size, Integral) or not 1 <= size <= possible:
+    if not isinstance(size, int | numpy.integer) or not 1 <= size <= possible:
         more = f"; with distinct_labels=False up to {len(pool):,}" if distinct_labels else ""
         raise BatchSizeError(
             f"Asked for {size} {purpose} images. Ask for 1 to {possible:,}, a whole number{more}."
@@ -210,7 +210,7 @@ def _batch(
 
 def require_whole(name: str, value: Any, least: int = 0) -> None:
     """Raise DataError unless `value` is a whole number from `least` to 2⁶³ − 1."""
-    if not isinstance(value, Integral) or not least <= value < 2**63:
+    if not isinstance(value, int | numpy.integer) or not least <= value < 2**63:
         raise DataError(f"{name}={value!r}: expected a whole number from {least} to 2⁶³ − 1.")
 
 
@@ -279,7 +279,9 @@ def _pools(path: Path, *names: str) -> list[LabeledImages]:
 
 def _cifar10(name: str, size: int = 32, full: bool = False) -> Dataset:
     _require_size(name, size, 32)
-    pools = _cifar10_full() if full else _pools(CIFAR10_SAMPLE, "auxiliary", "tuning", "private")
+    names = ("auxiliary", "tuning", "private")
+    auxiliary, tuning, private = _cifar10_full() if full else _pools(CIFAR10_SAMPLE, *names)
+    pools = (auxiliary, tuning, private)
     constants = (CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD)
     return Dataset(name, *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
 
@@ -299,9 +301,7 @@ def _imagenet64(name: str, size: int = 64) -> Dataset:
     embedded = name == "imagenet64"
     path = IMAGENET64_SAMPLE if embedded else cache_folder() / f"{name}.safetensors"
     if not path.exists():
-        advice = (
-            "Make it with `gipip data imagenet64 --private …`, or use the sample: 'imagenet64'."
-        )
+        advice = "Make it with `gipip data imagenet64 --private …`, or use 'imagenet64', a sample."
         raise DataError(f"{path} is missing. {advice}")
     tuning, private = _pools(path, "tuning", "private")
     classes = tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
@@ -310,9 +310,7 @@ def _imagenet64(name: str, size: int = 64) -> Dataset:
 
 def _require_size(name: str, size: int, own: int) -> None:
     if size != own:
-        raise DataError(
-            f"{name} has images of {own} × {own} pixels; size={size!r} is not possible."
-        )
+        raise DataError(f"{name} has images of {own} × {own} pixels; size={size!r} is no option.")
 
 
 def _folder(
@@ -323,7 +321,8 @@ def _folder(
     No image is in two pools, not even as a copy: what was `seen` in root is not auxiliary.
     """
     require_whole("size", size, least=1)
-    root, seen = Path(root), {}
+    root = Path(root)
+    seen: dict[bytes, Path] = {}
     photographs, pixels = read(list_folder(root), size, seen)
     pool = LabeledImages(pixels, torch.tensor(photographs.labels))
     rows = photographs.shuffled("split:0")
@@ -339,4 +338,8 @@ def _folder(
     return Dataset(printable(root.resolve().name), *constants, *pools, len(auxiliary))
 
 
-_LOADERS = {"cifar10": _cifar10, "imagenet64": _imagenet64, "folder": _folder}
+_LOADERS: dict[str, Callable[..., Dataset]] = {
+    "cifar10": _cifar10,
+    "imagenet64": _imagenet64,
+    "folder": _folder,
+}

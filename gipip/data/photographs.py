@@ -78,8 +78,8 @@ def read(
 ) -> tuple[Photographs, UInt8[Tensor, "images 3 size size"]]:
     """The readable ones and their pixels; with `seen`, none that shows what is in there already.
 
-    `seen` is filled with what was read, so that it keeps several folders apart. What is left out is
-    named in one warning. Raises DataError when nothing is left.
+    `seen` is filled with what was read, so that it keeps several folders apart. What is left out,
+    one warning says. Raises DataError when nothing is left.
     """
     paths = photographs.paths
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
@@ -94,8 +94,8 @@ def read(
             problems.append(str(error))
     root = printable(photographs.root)
     if problems:
-        skipped = f"Skipped {len(problems)} of {len(paths)} files in {root}"
-        warnings.warn(f"{skipped}: {' '.join(problems)}", stacklevel=2)
+        skipped = f"Skipped {len(problems)} of {len(paths)} files in {root}. The first of them:"
+        warnings.warn(" ".join([skipped, *problems[:10]]), stacklevel=2)
     if not rows:
         raise DataError(f"None of the files in {root} is a readable image that is no copy.")
     return photographs[rows], pixels[rows]
