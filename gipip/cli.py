@@ -49,10 +49,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"gipip {gipip.__version__}")
         raise typer.Exit
+    return wanted
 
 
 _version = Option("--version", callback=_print_version, is_eager=True, help="Show it.")

@@ -7,7 +7,9 @@ import torch
 from gipip.data.datasets import load_dataset
 from gipip.experiments import arms
 from gipip.experiments.claims import collect_claims, save_claims
-from gipip.experiments.sweep import Result, Results, Run
+from gipip.experiments.results import Results
+from gipip.experiments.scenario import Run
+from gipip.experiments.store import Result
 from gipip.priors import load_prior
 
 METRICS = {"psnr": [20.0, 22.0], "ssim": [0.5, 0.7], "lpips": [0.1, 0.2]}
@@ -138,8 +140,8 @@ def test_a_claim_that_does_not_hold_is_named(capsys):
 
 def test_frames_keep_what_a_watcher_sees():
     frames = arms.Frames()
-    frames(25, torch.zeros(1), 0.5)
-    assert list(frames) == [25]
+    frames(25, torch.zeros(1, 3, 8, 8), 0.5)
+    assert list(frames.images) == [25]
 
 
 def test_verdicts_are_written_and_shown_with_their_intervals(results, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gipip.data.datasets import LabeledImages, load_dataset
-from gipip.errors import DamagedFileError, DataError, GipipError
+from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
 from gipip.files import write_tensors
 from gipip.priors import AnomalyScore, Autoencoder, load_prior, train_autoencoder
 from gipip.priors import autoencoder as module
@@ -268,3 +268,16 @@ def test_the_prior_that_ships_was_trained_on_the_embedded_auxiliary_images_and_k
 def test_a_data_set_without_a_shipped_prior_is_refused_with_the_remedy():
     with pytest.raises(DataError, match="'mnist'.*train_autoencoder"):
         load_prior("mnist")
+
+
+@pytest.mark.parametrize(("depth", "height", "width"), [(3, 12, 16), (3, 16, 20), (4, 24, 24)])
+def test_images_whose_sides_cannot_be_halved_as_often_are_neither_scored_nor_attacked(
+    depth, height, width
+):
+    score = AnomalyScore(Autoencoder(4, depth))
+    reason = rf"depth {depth}.*divisible by {2**depth}.*{height}×{width}.*train_autoencoder.*depth="
+    with pytest.raises(DataError, match=reason):
+        score(torch.rand(2, 3, height, width))
+    with pytest.raises(UpdateError, match=reason):
+        score.check((3, height, width))
+    score.check((3, 2**depth, 3 * 2**depth))

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from gipip import explorer as module
-from gipip.attacks import DLG, GIPIP, InvertingGradients
+from gipip.attacks.dlg import DLG
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.data.datasets import load_dataset
 from gipip.explorer import Explorer, explore, picture
 from gipip.priors import load_prior
@@ -76,7 +78,7 @@ def test_every_attack_runs_and_ends_with_its_picture_and_quality(explorer, attac
     explorer.model.value, explorer.attack.label = "lenet", attack
     blank = explorer.reconstruction.value
     finish(explorer)
-    assert isinstance(explorer._chosen_attack(), kind)
+    assert isinstance(explorer.chosen_attack(), kind)
     assert explorer.reconstruction.value != blank and size(explorer.reconstruction.value) == size(
         explorer.truth.value
     )
@@ -94,7 +96,7 @@ def test_the_pictures_arrive_while_the_attack_runs(explorer, monkeypatch):
 
 def test_the_attack_gets_the_weights_of_the_sliders(explorer):
     explorer.tv_weight.value, explorer.as_weight.value = 1e-2, 1.0
-    assert (explorer._chosen_attack().tv_weight, explorer._chosen_attack().as_weight) == (1e-2, 1.0)
+    assert (explorer.chosen_attack().tv_weight, explorer.chosen_attack().as_weight) == (1e-2, 1.0)
 
 
 def test_weights_that_the_attack_does_not_have_are_disabled(explorer):

@@ -277,7 +277,7 @@ SHAPE = {"width": 4, "latent_size": 6, "image_size": 16}
 def test_a_file_that_holds_something_else_is_refused(tmp_path, metadata):
     path = write_tensors(tmp_path / "other.safetensors", Generator(**SHAPE).state_dict(), metadata)
     with pytest.raises(
-        DamagedFileError, match="(?s)other.safetensors does not hold a generator.*train-generator"
+        DamagedFileError, match="(?s)other.safetensors does not hold a generator.*train generator"
     ):
         GenerativePrior.load(path)
 

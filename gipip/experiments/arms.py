@@ -67,11 +67,16 @@ def start(store: Path | str, figures: Path | str, workers: int) -> tuple[Callabl
     return partial(sweep, store=store, workers=workers), partial(save_figure, folder=figures)
 
 
-class Frames(dict):
-    """{iteration: images} of an attack under way: pass it as `watch`."""
+class Frames:
+    """Keeps the candidates of an attack under way, as `images`: {iteration: images}. Pass
+    it as `watch`.
+    """
+
+    def __init__(self) -> None:
+        self.images: dict[int, Images] = {}
 
     def __call__(self, iteration: int, images: Images, cost: float) -> None:
-        self[iteration] = images
+        self.images[iteration] = images
 
 
 def first_batches(count: int, **about) -> list[Scenario]:
@@ -117,7 +122,8 @@ def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
     printed above it. One of a single row stays whole.
     """
     same = [name for name in frame if len(frame) > 1 and frame[name].nunique(dropna=False) == 1]
-    print("\n".join(f"{name}: {frame[name].iloc[0]}" for name in same))
+    for name in same:
+        print(f"{name}: {frame[name].iloc[0]}")
     return frame.drop(columns=same)
 
 

@@ -2,43 +2,29 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import platform
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    as_completed,
-    wait,
-)
-from concurrent.futures.process import BrokenProcessPool
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, as_completed
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pandas
 import torch
-from tqdm.std import tqdm
 
 from gipip.errors import OutOfTime, StoreError, SweepError
 from gipip.evaluation.metrics import evaluate
+from gipip.experiments.pool import outcomes
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run
 from gipip.experiments.store import Result, ResultStore, read_result
 from gipip.experiments.version import code_version
 from gipip.files import DATA, canonical_json
 from gipip.progress import announce, progress, quiet, require_time, time_limit
-
-_INHERITED = {  # by workers: one thread each, and memory that an attack asks for again and again
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-}
 
 
 def execute(run: Run, store: ResultStore | None = None, *, deadline: float | None = None) -> Result:
@@ -145,32 +131,43 @@ def sweep(
     `executor`: where they are computed, any of `concurrent.futures`' interface, such as dask's
     `Client.get_executor()`; its workers must see the same store folder. By default processes on
     this machine, `workers` of them (two, or the number of cores if that is less), each with one
-    thread. Each result is stored as soon as it is there. A script must call this under `if __name__
-    == "__main__":`, as workers import it.
+    thread; one that dies is replaced, and its run tried again. Each result is stored as soon as it
+    is there. A script must call this under `if __name__ == "__main__":`, as workers import it.
 
     A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused
-    before anything is computed. A run that fails, or whose worker dies again and again, does not
-    stop the others; at the end SweepError lists the failures. When the time that GIPIP_DEADLINE
-    sets is over (seconds since the epoch) no further runs begin, those under way pause, and
-    OutOfTime says how many are left; the same call goes on from there.
+    before anything is computed. A run that fails does not stop the others; at the end SweepError
+    lists the failures. When the time that GIPIP_DEADLINE sets is over (seconds since the epoch) no
+    further runs begin, those under way pause, and OutOfTime says how many are left; the same call
+    goes on from there.
     """
     runs = list(runs)
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     stored = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
     missing = list({run.key(): run for run in runs if stored[run.key()] is None}.values())
     missing.sort(key=_work_of, reverse=True)  # so that no worker idles at the end
-    failures: dict[Run, BaseException] = {}
+    failures = []
     if missing and time.time() < time_limit():
         announce(f"attacks: {len(missing)} to compute")
-        if executor:
-            failures = _execute_with(executor, missing, store)
-        else:
-            failures = _execute_here(missing, store, workers or min(2, os.cpu_count() or 1))
+        failures = _failures(missing, store, executor, workers or min(2, os.cpu_count() or 1))
     if failures:
-        listing = "\n".join(f"- {run.arm} on {run.scenario}: {e!r}" for run, e in failures.items())
         kept = f"the other results are stored in {store.folder}"
+        listing = "\n".join(failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; {kept}:\n{listing}")
     return Results(_all_of(runs, store))
+
+
+def _failures(
+    runs: list[Run], store: ResultStore, executor: Executor | None, workers: int
+) -> list[str]:
+    """Execute the runs; gives a line for each that failed."""
+    work = partial(_work, store=store, deadline=time_limit(), sweep=uuid.uuid4().hex)
+    finished = _submitted(executor, work, runs) if executor else outcomes(work, runs, workers)
+    lines = []
+    with contextlib.closing(finished):
+        for run, future in progress(finished, total=len(runs), description="attacks", unit="run"):
+            if error := _error(future):
+                lines.append(f"- {run.arm} on {run.scenario}: {error}")
+    return lines
 
 
 def _work_of(run: Run) -> int:
@@ -185,89 +182,42 @@ def _all_of(runs: list[Run], store: ResultStore) -> list[Result]:
         done = f"{whole - len(left)} of {whole} runs are finished, {len(left)} are left"
         raise OutOfTime(f"The time is over: {done}.")
     if left:
-        advice = "The workers must see this folder, under the same path."
+        advice = "Workers must see this folder, under the same path, and have the same gipip."
         raise StoreError(f"{len(left)} results are not in {store.folder}. {advice}")
     return [result for _, result in found if result is not None]
 
 
-def _execute_with(
-    executor: Executor, runs: list[Run], store: ResultStore
-) -> dict[Run, BaseException]:
-    """Run everything on workers that somebody else looks after; gives what failed."""
-    failures: dict[Run, BaseException] = {}
-    futures = {executor.submit(_work, run, store, time_limit()): run for run in runs}
-    finished = as_completed(futures)
+def _submitted(
+    executor: Executor, work: Callable[[Run], str], runs: list[Run]
+) -> Generator[tuple[Run, Future], None, None]:
+    """As `outcomes`, on workers that somebody else looks after."""
+    futures = {executor.submit(work, run): run for run in runs}
     try:
-        for future in progress(finished, total=len(runs), description="attacks", unit="run"):
-            if error := future.exception():
-                failures[futures[future]] = error
+        for future in as_completed(futures):
+            yield futures[future], future
     finally:  # after Ctrl-C, what has not begun must not begin
         for future in futures:
             future.cancel()
-    return failures
 
 
-def _execute_here(runs: list[Run], store: ResultStore, workers: int) -> dict[Run, BaseException]:
-    """On processes of this machine, of which one may die: runs that were under way then are tried
-    once more, each on a process of its own, so that it costs only the run that killed it.
+def _work(run: Run, store: ResultStore, deadline: float, sweep: str) -> str:
+    """In a worker; gives the error, as text, because not every exception can be pickled.
+
+    `sweep` names the sweep: dask would take an equal call for one whose outcome it knows.
     """
-    waiting, failures = deque(runs), dict[Run, BaseException]()
-    with progress(total=len(runs), description="attacks", unit="run") as bar:
-        while waiting:
-            for run in _until_one_dies(waiting, store, min(workers, len(runs)), failures, bar):
-                if _until_one_dies(deque([run]), store, 1, failures, bar):
-                    died = "its process died, twice: it may need more memory than there is"
-                    failures[run] = ChildProcessError(died)
-                    bar.update()
-    return failures
-
-
-def _until_one_dies(
-    waiting: deque[Run],
-    store: ResultStore,
-    workers: int,
-    failures: dict[Run, BaseException],
-    bar: tqdm,
-) -> list[Run]:
-    """Take and execute runs until none waits, or a process dies: then those under way."""
-    under_way: dict[Future, Run] = {}
-    with _pool(workers) as pool, contextlib.suppress(BrokenProcessPool):
-        while waiting or under_way:
-            while waiting and len(under_way) < workers:
-                under_way[pool.submit(_work, waiting[0], store, time_limit())] = waiting[0]
-                waiting.popleft()
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                error = future.exception()
-                if isinstance(error, BrokenProcessPool):
-                    raise error
-                if error:
-                    failures[under_way[future]] = error
-                del under_way[future]
-                bar.update()
-    return list(under_way.values())
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
-    """Processes with one thread each, that are gone in the end. No port is opened."""
-    before, others = dict(os.environ), set(multiprocessing.active_children())
-    os.environ.update(_INHERITED)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        yield pool
-        pool.shutdown()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _work(run: Run, store: ResultStore, deadline: float) -> None:
-    with (
-        contextlib.suppress(OutOfTime),
-        quiet(),
-    ):  # the sweep sees what is missing, and shows progress
         require_time(deadline)
-        execute(run, store, deadline=deadline)
+        with quiet():  # the sweep shows its own progress
+            execute(run, store, deadline=deadline)
+    except OutOfTime:
+        return ""  # no failure: the sweep sees what is missing
+    except Exception as error:
+        return repr(error)
+    return ""
+
+
+def _error(future: Future) -> str:
+    try:
+        return future.result()
+    except Exception as error:  # of the executor: a worker died, the run was cancelled
+        return repr(error)

@@ -5,7 +5,7 @@ few auxiliary images.
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
-from gipip.errors import DamagedFileError, DataError, GipipError
+from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
 from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
 from gipip.progress import progress, require_time
 
@@ -73,7 +73,11 @@ class AnomalyScore(nn.Module):
         self.provenance = provenance or {}
 
     def errors(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch"]:
-        """Mean squared reconstruction error of each image in [0, 1]."""
+        """Mean squared reconstruction error of each image in [0, 1]; DataError for images
+        whose sides the autoencoder cannot halve.
+        """
+        if reason := self._misfit(images.shape):
+            raise DataError(f"These images cannot be scored: {reason}")
         return (self.autoencoder(images) - images).square().mean(dim=(1, 2, 3))
 
     def forward(
@@ -89,8 +93,23 @@ class AnomalyScore(nn.Module):
             (errors if per == "image" else errors.mean(dim=0, keepdim=True)) - self.offset
         ).abs()
 
-    def check(self, image_shape) -> None:
-        pass
+    def check(self, image_shape: Sequence[int]) -> None:
+        """Raise UpdateError unless images of this shape, (3, height, width), can be scored."""
+        if self._misfit(image_shape):
+            raise UpdateError(
+                f"This anomaly score does not fit the update: {self._misfit(image_shape)}"
+            )
+
+    def _misfit(self, image_shape: Sequence[int]) -> str:
+        """Why images of this shape cannot be scored; empty if they can."""
+        depth, (height, width) = self.autoencoder.depth, image_shape[-2:]
+        if not (height % 2**depth or width % 2**depth):
+            return ""
+        return (
+            f"an autoencoder of depth {depth} halves images {depth} times, so their sides must be "
+            f"divisible by {2**depth}, but they are of {height}×{width}. Train another: "
+            "gipip.train_autoencoder(…, depth=…)."
+        )
 
     def with_offset(self, offset: float) -> "AnomalyScore":
         """The same autoencoder with another c, e.g. 0, or 0.001 as GI-PIP released it
@@ -121,7 +140,7 @@ class AnomalyScore(nn.Module):
             return cls(autoencoder, metadata["offset"], metadata["provenance"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise DamagedFileError(
-                f"{path} does not hold an autoencoder ({error}). Train one: gipip train-prior."
+                f"{path} does not hold an autoencoder ({error}). Train one: gipip train autoencoder."
             ) from error
 
 

@@ -5,6 +5,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from gipip.data.datasets import LabeledImages
-from gipip.errors import DamagedFileError, DataError, GipipError
+from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
 from gipip.files import DATA, canonical_json, fingerprint, read_tensors, shipped, write_tensors
 from gipip.progress import progress, require_time
 
@@ -95,8 +96,15 @@ class GenerativePrior(nn.Module):
     def forward(self, latents: Float[Tensor, "batch latent_size"]) -> Images:
         return self.generator(latents)
 
-    def check(self, image_shape) -> None:
-        pass
+    def check(self, image_shape: Sequence[int]) -> None:
+        """Raise UpdateError unless this generator makes images of this shape, (3, height, width)."""
+        size, (height, width) = self.generator.image_size, image_shape[-2:]
+        if (height, width) != (size, size):
+            raise UpdateError(
+                f"The generator makes {size}×{size} images, but the update is of {height}×{width}. "
+                "Use a generator trained on images of the update's size: "
+                "gipip.train_generator(auxiliary)."
+            )
 
     @torch.no_grad()
     def sample(self, count: int, seed: int = 0) -> Images:
@@ -133,7 +141,7 @@ class GenerativePrior(nn.Module):
             return cls(generator, metadata["provenance"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise DamagedFileError(
-                f"{path} does not hold a generator ({error}). Train one: gipip train-generator."
+                f"{path} does not hold a generator ({error}). Train one: gipip train generator."
             ) from error
 
 
