@@ -1,5 +1,5 @@
-"""Data sets and their three disjoint pools: auxiliary (all the attacker owns), tuning (weights are
-tuned on it), private (reported).
+"""Data sets and their three disjoint pools: auxiliary (all the attacker owns), tuning
+(weights are tuned on it), private (reported).
 """
 
 import inspect
@@ -29,7 +29,9 @@ CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PAPER_FRACTION = 0.038
-"""The share of the training set that the paper grants the attacker: 1,900 of CIFAR-10's 50,000."""
+"""The share of the training set that the paper grants the attacker: 1,900 of CIFAR-10's
+50,000.
+"""
 
 CIFAR10_SAMPLE = DATA / "cifar10-sample.safetensors"
 IMAGENET64_SAMPLE = DATA / "imagenet64-sample.safetensors"
@@ -42,9 +44,9 @@ _Pixels = UInt8[Tensor, "batch 3 height width"] | Float32[Tensor, "batch 3 heigh
 class LabeledImages:
     """Images with their labels: a batch, or a whole pool.
 
-    `pixels`: uint8 in 0…255 (a quarter of the memory), or float32 in [0, 1]. `labels`: class
-    indices. `indices`: each image's place in the set it was drawn from (0, 1, 2, … if not given).
-    Raises `DataError` for anything else.
+    `pixels`: uint8 in 0…255 (a quarter of the memory), or float32 in [0, 1]. `labels`:
+    class indices. `indices`: each image's place in the set it was drawn from (0, 1, 2,
+    … if not given). Raises `DataError` for anything else.
     """
 
     pixels: _Pixels
@@ -85,7 +87,9 @@ class LabeledImages:
         return LabeledImages(self.pixels[rows], self.labels[rows], self.indices[rows])
 
     def shuffled(self, salt: str) -> list[int]:
-        """All rows in the order of `salt`; every beginning holds each class in proportion."""
+        """All rows in the order of `salt`; every beginning holds each class in
+        proportion.
+        """
         return stratified_rows(self.labels.tolist(), self.indices.tolist(), salt)
 
 
@@ -99,9 +103,9 @@ def _kind(value: Any) -> str:
 class Dataset:
     """Three disjoint pools of one data set, and the constants that belong to it.
 
-    `mean`, `std`: per-channel normalisation constants of images in [0, 1]. `training_images`: size
-    of the whole set that an auxiliary fraction refers to; the auxiliary pool may hold fewer.
-    `default_fraction`: of `auxiliary()`.
+    `mean`, `std`: per-channel normalisation constants of images in [0, 1].
+    `training_images`: size of the whole set that an auxiliary fraction refers to; the
+    auxiliary pool may hold fewer. `default_fraction`: of `auxiliary()`.
     """
 
     name: str
@@ -144,12 +148,12 @@ class Dataset:
         return replace(self, **pools, training_images=round(share * self.training_images))
 
     def auxiliary(self, fraction: float | None = None, seed: int = 0) -> LabeledImages:
-        """All that the attacker owns: `fraction` in (0, 1] of the whole training set, each class in
-        proportion.
+        """All that the attacker owns: `fraction` in (0, 1] of the whole training set,
+        each class in proportion.
 
-        The default is 0.038 for CIFAR-10, as in the paper, and everything for a folder. For one
-        seed a smaller fraction is the beginning of a larger one. Raises `DataError` if the fraction
-        is out of range or the pool holds fewer images.
+        The default is 0.038 for CIFAR-10, as in the paper, and everything for a folder.
+        For one seed a smaller fraction is the beginning of a larger one. Raises
+        `DataError` if the fraction is out of range or the pool holds fewer images.
         """
         pool, whole = self.auxiliary_pool, self.training_images
         if not len(pool):
@@ -175,16 +179,18 @@ class Dataset:
     ) -> LabeledImages:
         """The batch a client holds: ground truth, for the client and the metrics only.
 
-        Seeds 0, 1, 2, … give disjoint batches until the pool is used up; then a reshuffled pass
-        begins. With `distinct_labels` no class occurs twice in a batch. Raises `BatchSizeError` if
-        no such batch exists.
+        Seeds 0, 1, 2, … give disjoint batches until the pool is used up; then a
+        reshuffled pass begins. With `distinct_labels` no class occurs twice in a batch.
+        Raises `BatchSizeError` if no such batch exists.
         """
         return _batch(self.private_pool, batch_size, seed, distinct_labels, "private")
 
     def tuning(
         self, batch_size: int = 1, seed: int = 0, distinct_labels: bool = True
     ) -> LabeledImages:
-        """As `private`, from the images on which an attack's weights are tuned: never reported."""
+        """As `private`, from the images on which an attack's weights are tuned: never
+        reported.
+        """
         return _batch(self.tuning_pool, batch_size, seed, distinct_labels, "tuning")
 
 
@@ -224,15 +230,16 @@ def load_dataset(
 ) -> Dataset:
     """A data set by name.
 
-    "cifar10": the embedded sample, offline (1,900 auxiliary, 200 tuning, 256 private images of 32 ×
-    32); with `full=True` all 60,000, after `gipip data cifar10`. "imagenet64": 20 embedded ImageNet
-    photographs at 64 × 64 (4 tuning, 16 private; 1,000 classes, no auxiliary images);
-    "imagenet64-…": yours, under the name that `gipip.prepare_imagenet` gave. "folder": any folder
-    in the layout root/class/image, at size × size pixels (64 if not given): the shorter side is
-    scaled to 9/8 of it, then the centre is cropped. A tenth of its images is for tuning, half is
-    auxiliary, the rest private; with `auxiliary_root`, that folder is auxiliary, and root is split
-    into tuning and private. Copies of an image, and hidden files, are left out. Raises `DataError`
-    for an unknown name, unsuitable options or missing images.
+    "cifar10": the embedded sample, offline (1,900 auxiliary, 200 tuning, 256 private
+    images of 32 × 32); with `full=True` all 60,000, after `gipip data cifar10`.
+    "imagenet64": 20 embedded ImageNet photographs at 64 × 64 (4 tuning, 16 private;
+    1,000 classes, no auxiliary images); "imagenet64-…": yours, under the name that
+    `gipip.prepare_imagenet` gave. "folder": any folder in the layout root/class/image,
+    at size × size pixels (64 if not given): the shorter side is scaled to 9/8 of it,
+    then the centre is cropped. A tenth of its images is for tuning, half is auxiliary,
+    the rest private; with `auxiliary_root`, that folder is auxiliary, and root is split
+    into tuning and private. Copies of an image, and hidden files, are left out. Raises
+    `DataError` for an unknown name, unsuitable options or missing images.
     """
     kind = "imagenet64" if name.startswith("imagenet64-") else name
     if kind not in _LOADERS:
@@ -248,8 +255,8 @@ def load_dataset(
 
 
 def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
-    """Pictures of your own as one client's batch, labelled 0, 1, 2, …: cropped to squares and
-    scaled to size × size pixels.
+    """Pictures of your own as one client's batch, labelled 0, 1, 2, …: cropped to
+    squares and scaled to size × size pixels.
 
     Raises `DataError` for a file that is missing or not an image, and for none.
     """
@@ -261,7 +268,9 @@ def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
 
 
 def named_tensors(**pools: LabeledImages) -> dict[str, Tensor]:
-    """What a file of these pools holds: tensors POOL_images, POOL_labels and POOL_indices."""
+    """What a file of these pools holds: tensors POOL_images, POOL_labels and
+    POOL_indices.
+    """
     tensors = {}
     for name, pool in pools.items():
         tensors[f"{name}_images"] = pool.pixels
@@ -316,9 +325,11 @@ def _require_size(name: str, size: int, own: int) -> None:
 def _folder(
     name: str, root: Path | str, auxiliary_root: Path | str | None = None, size: int = 64
 ) -> Dataset:
-    """The folder root/class/image; the class index is the rank of the sub-folder's name.
+    """The folder root/class/image; the class index is the rank of the sub-folder's
+    name.
 
-    No image is in two pools, not even as a copy: what was `seen` in root is not auxiliary.
+    No image is in two pools, not even as a copy: what was `seen` in root is not
+    auxiliary.
     """
     require_whole("size", size, least=1)
     root = Path(root)

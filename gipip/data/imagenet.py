@@ -62,8 +62,8 @@ def prepare_imagenet(
     out (perceptual hashes, see `gipip.data.photographs`).
 
     A folder that is not given is looked for in $GIPIP_DATA, as `private` or
-    `auxiliary`. Without private photographs this gives the 20 that ship. Raises DataError
-    for folders that cannot be used.
+    `auxiliary`. Without private photographs this gives the 20 that ship. Raises
+    DataError for folders that cannot be used.
     """
     require_whole("limit", limit, least=1)
     private, auxiliary = _folder(private, "private"), _folder(auxiliary, "auxiliary")

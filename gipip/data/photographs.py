@@ -1,4 +1,6 @@
-"""Photographs on disk: folders root/class/image, their pixels, and which show the same one."""
+"""Photographs on disk: folders root/class/image, their pixels, and which show the same
+one.
+"""
 
 import hashlib
 import os
@@ -20,14 +22,16 @@ from gipip.progress import progress
 NEAR = 8
 """Perceptual hashes of one photograph differ in at most so many of their 64 bits.
 
-All ImageNet photographs that were that near to another of the attacker's showed the same one to the
-eye; of the next nearest, 10 bits away, none did.
+All ImageNet photographs that were that near to another of the attacker's showed the
+same one to the eye; of the next nearest, 10 bits away, none did.
 """
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """The files root/class/image, in order: class names, and each file's path and class."""
+    """The files root/class/image, in order: class names, and each file's path and
+    class.
+    """
 
     root: Path
     classes: tuple[str, ...]
@@ -44,12 +48,16 @@ class Photographs:
         return [path.relative_to(self.root).as_posix() for path in self.paths]
 
     def shuffled(self, salt: str) -> list[int]:
-        """All rows in the order of `salt`; every beginning holds each class in proportion."""
+        """All rows in the order of `salt`; every beginning holds each class in
+        proportion.
+        """
         return stratified_rows(self.labels, self.names, salt)
 
 
 def list_folder(root: Path) -> Photographs:
-    """All files of the sub-folders of `root` but hidden ones. DataError when there are none."""
+    """All files of the sub-folders of `root` but hidden ones. DataError when there are
+    none.
+    """
     layout = f"Expected images in the layout {root}/class/image."
     if not root.is_dir():
         raise DataError(f"{root} is not a folder. {layout}")
@@ -69,17 +77,20 @@ def _hidden(path: Path) -> bool:
 
 
 def printable(path: Path | str) -> str:
-    """A path as text; bytes in it that are no text, as in a Latin-1 name, become escapes."""
+    """A path as text; bytes in it that are no text, as in a Latin-1 name, become
+    escapes.
+    """
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def read(
     photographs: Photographs, size: int, seen: dict[bytes, Path] | None = None
 ) -> tuple[Photographs, UInt8[Tensor, "images 3 size size"]]:
-    """The readable ones and their pixels; with `seen`, none that shows what is in there already.
+    """The readable ones and their pixels; with `seen`, none that shows what is in there
+    already.
 
-    `seen` is filled with what was read, so that it keeps several folders apart. What is left out,
-    one warning says. Raises DataError when nothing is left.
+    `seen` is filled with what was read, so that it keeps several folders apart. What is
+    left out, one warning says. Raises DataError when nothing is left.
     """
     paths = photographs.paths
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
@@ -110,8 +121,8 @@ def _require_new(path: Path, image: Tensor, seen: dict[bytes, Path]) -> None:
 def decode(path: Path, size: int, shorter_side: int) -> UInt8[Tensor, "3 size size"]:
     """Upright RGB: scaled to `shorter_side` pixels, then centre-cropped.
 
-    An image of size × size already is taken as it is. Raises DataError for what is no picture of 8
-    or 16 bits.
+    An image of size × size already is taken as it is. Raises DataError for what is no
+    picture of 8 or 16 bits.
     """
     from torchvision.transforms import functional  # takes a second to import
 
