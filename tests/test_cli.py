@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from gipip.cli import app
 from gipip.errors import OutOfTime
 from gipip.files import write_tensors
 from gipip.priors.gan import Generator
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
 def gipip_command(*arguments):
@@ -49,6 +53,16 @@ def pictures(tmp_path):
     Image.fromarray(first).save(tmp_path / "first.png")
     Image.fromarray(np.ascontiguousarray(second)).resize((200, 120)).save(tmp_path / "second.jpg")
     return [tmp_path / "first.png", tmp_path / "second.jpg"]
+
+
+def photographs(folder: Path) -> Path:
+    """Twelve images of the embedded sample in three classes."""
+    pixels = gipip.load_dataset("cifar10").auxiliary_pool.pixels[:12]
+    for number, image in enumerate(pixels):
+        path = folder / f"class{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(path)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -191,17 +205,20 @@ def test_a_budget_that_is_no_duration_is_answered_with_examples(text):
 def test_a_parameter_that_the_notebook_does_not_declare_is_answered_in_one_line(
     tmp_path, monkeypatch
 ):
+    shutil.copy(NOTEBOOKS / "00_quickstart.ipynb", tmp_path)
     (tmp_path / "profiles.yaml").write_text("profiles: {smoke: {all: {iteration: 1}}}")
     monkeypatch.setattr("gipip.reproduce.notebooks_folder", lambda: tmp_path)
     line = fails("reproduce", "--profile", "smoke")
     assert "Unknown parameter of any notebook: 'iteration'" in line
 
 
-def test_a_package_that_is_not_installed_is_named_with_the_command_that_brings_it(monkeypatch):
-    monkeypatch.delitem(sys.modules, "gipip.reproduce", raising=False)
-    monkeypatch.setitem(sys.modules, "papermill", None)
-    line = fails("reproduce", "--profile", "smoke")
-    assert line == "Error: papermill is not installed: pip install 'gipip[all]'."
+def test_a_package_that_is_not_installed_is_named_with_the_command_that_brings_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path / "cache"))
+    line = fails("data", "imagenet64", "--private", photographs(tmp_path / "private"))
+    assert "imagehash" in line and "pip install" in line
 
 
 @pytest.mark.parametrize("content", [b"no picture", b"", b"half"])
@@ -389,24 +406,15 @@ def test_a_trained_prior_is_saved_with_its_provenance(what, kind, tmp_path):
 
 
 def test_a_prior_is_trained_on_a_folder_of_pictures(tmp_path):
-    pixels = gipip.load_dataset("cifar10").auxiliary_pool.pixels
-    for number in range(6):
-        path = tmp_path / "mine" / "ab"[number % 2] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(pixels[number]).save(path)
+    folder = photographs(tmp_path / "mine")
     output = tmp_path / "prior.safetensors"
-    options = ("--data", tmp_path / "mine", "--size", 32, "--steps", 1, "--output", output)
-    assert "Trained on 3 images of mine." in succeeds("train", "autoencoder", *options)
+    options = ("--data", folder, "--size", 32, "--steps", 1, "--output", output)
+    assert "Trained on 6 images of mine." in succeeds("train", "autoencoder", *options)
 
 
 def test_photographs_are_prepared_and_how_many_were_left_out_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("GIPIP_CACHE", str(tmp_path / "cache"))
-    pixels = gipip.load_dataset("cifar10").auxiliary_pool.pixels[:12]
-    for number, image in enumerate(pixels):
-        path = tmp_path / "private" / f"class{number % 3}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(path)
-    text = succeeds("data", "imagenet64", "--private", tmp_path / "private")
+    text = succeeds("data", "imagenet64", "--private", photographs(tmp_path / "private"))
     assert "12 photographs at 64×64; 0 were left out" in text
     assert len(list((tmp_path / "cache").glob("imagenet64-*.safetensors"))) == 1
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_serializer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +23,7 @@ from gipip.attacks.observers import Progress, Watch
 from gipip.attacks.presets import tuned
 from gipip.attacks.view import Reconstruction, View
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel
+from gipip.federation.models import ClientModel, Images
 
 _EXACT_ATTENTION = SDPBackend.MATH  # the only one with a second derivative
 _INFERRED_LABEL = "inferred from the last layer (iDLG)"
@@ -91,7 +91,7 @@ class Attack(BaseModel):
         """What is optimised: "images", normalised, from normal noise; and what a subclass adds."""
         return {"images": view.randn(*view.shape)}
 
-    def candidate(self, view: View, variables: Variables) -> Float[Tensor, "batch 3 height width"]:
+    def candidate(self, view: View, variables: Variables) -> Images:
         """The normalised images that the variables stand for."""
         return variables["images"]
 

@@ -2,14 +2,13 @@
 weights of a copy of it for each image.
 """
 
-from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor
 from torch.func import functional_call, vmap
 
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.loop import Course, Observer, Variables
 from gipip.attacks.view import View
+from gipip.federation.models import Images
 from gipip.priors.gan import GenerativePrior
 
 
@@ -28,7 +27,7 @@ class LatentSearch(InvertingGradients):
     def variables(self, view: View) -> Variables:
         return {"latent": view.randn(view.shape[0], self.prior.generator.latent_size)}
 
-    def candidate(self, view: View, variables: Variables) -> Float[Tensor, "batch 3 height width"]:
+    def candidate(self, view: View, variables: Variables) -> Images:
         return view.model.normalize(view.place(self.prior)(variables["latent"]))
 
     def project(self, view: View, variables: Variables) -> None:
@@ -88,7 +87,7 @@ class GIAS(LatentSearch):
     def optimizer(self, variables: Variables):
         return super().optimizer(_weights(variables))
 
-    def candidate(self, view: View, variables: Variables) -> Float[Tensor, "batch 3 height width"]:
+    def candidate(self, view: View, variables: Variables) -> Images:
         generator = view.place(self.prior).generator
         copies = vmap(lambda own, latent: functional_call(generator, own, (latent[None],))[0])
         return view.model.normalize(copies(_weights(variables), variables["latent"]))

@@ -13,6 +13,7 @@ from gipip.attacks.objectives import total_variation
 from gipip.attacks.view import View
 from gipip.errors import UpdateError
 from gipip.federation.client import SharedUpdate, batch_statistics
+from gipip.federation.models import Images
 
 
 class GradInversion(InvertingGradients):
@@ -46,7 +47,7 @@ class GradInversion(InvertingGradients):
     def variables(self, view: View) -> Variables:
         return {"images": view.randn(self.seeds * view.shape[0], *view.shape[1:])}
 
-    def candidate(self, view: View, variables: Variables) -> Float[Tensor, "batch 3 height width"]:
+    def candidate(self, view: View, variables: Variables) -> Images:
         """The seed's images that match the gradient best."""
         groups = variables["images"].detach().chunk(self.seeds)
         with torch.enable_grad():
@@ -66,9 +67,7 @@ class GradInversion(InvertingGradients):
             "group consistency": self.group_weight * apart.square().mean(),
         }
 
-    def _statistics(
-        self, view: View, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, ""]:
+    def _statistics(self, view: View, images: Images) -> Float[Tensor, ""]:
         """Distance of one seed's BatchNorm statistics to the shared ones."""
         with batch_statistics(view.model.network) as found:
             view.model.network(images)

@@ -13,6 +13,7 @@ from gipip.attacks.objectives import Gradients, cosine_distance, total_variation
 from gipip.attacks.presets import released
 from gipip.attacks.view import View
 from gipip.federation.client import SharedUpdate
+from gipip.federation.models import Images
 
 
 class InvertingGradients(Attack):
@@ -51,9 +52,7 @@ class InvertingGradients(Attack):
             "total variation": self.tv_weight * total_variation(x),
         }
 
-    def distance(
-        self, view: View, images: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, ""]:
+    def distance(self, view: View, images: Images) -> Float[Tensor, ""]:
         """1 − cos(g, g*) of normalised images; with `masked` where g* is not zero."""
         gradients = view.gradients(images, view.known_labels)
         if self.masked:

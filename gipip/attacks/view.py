@@ -14,7 +14,7 @@ from gipip.attacks.loop import Variables
 from gipip.attacks.objectives import Gradients
 from gipip.errors import BatchSizeError, LabelError
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel
+from gipip.federation.models import ClientModel, Images
 
 Prior = TypeVar("Prior", bound=nn.Module)
 
@@ -32,7 +32,7 @@ class Reconstruction:
     on the way (non-finite costs, interruption).
     """
 
-    images: Float[Tensor, "batch 3 height width"]
+    images: Images
     labels: Int[Tensor, "batch"]
     history: dict[str, Float[Tensor, "evaluations"]]
     cost: float
@@ -109,7 +109,7 @@ class View:
         """Standard normal numbers from the attack's own generator, the same on every device."""
         return torch.randn(*shape, generator=self.generator).to(self.target[0])
 
-    def images(self, normalized: Tensor) -> Float[Tensor, "batch 3 height width"]:
+    def images(self, normalized: Tensor) -> Images:
         """The candidate in image space, clamped to [0, 1]."""
         return self.model.normalize.inverse(normalized).clamp(0, 1)
 
