@@ -56,6 +56,8 @@ def use_style() -> None:
         "legend.frameon": False,
         "figure.dpi": 110,
         "savefig.dpi": 200,
+        "savefig.bbox": "tight",  # no label is cut off
+        "savefig.pad_inches": 0.04,
         "pdf.fonttype": 42,  # TrueType: text stays text
     }
     seaborn.set_theme("paper", "whitegrid", "colorblind", font_scale=0.92, rc=rc)
@@ -324,11 +326,8 @@ def paired_effect(effects: Mapping[str, Interval], label: str, decimals: int = 2
 
 
 def _panels(width: float, height: float, count: int = 1, **shared) -> tuple[Figure, list[Axes]]:
-    size = (width, height)
-    figure, axes = plt.subplots(
-        1, count, squeeze=False, figsize=size, layout="constrained", **shared
-    )
-    return figure, list(axes[0])
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, **shared)[0])
 
 
 def _with_numbers(figure: Figure, table: pd.DataFrame) -> Figure:
