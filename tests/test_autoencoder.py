@@ -12,6 +12,7 @@ from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
 from gipip.files import write_tensors
 from gipip.priors import AnomalyScore, Autoencoder, load_prior, train_autoencoder
 from gipip.priors import autoencoder as module
+from gipip.priors.gan import train_generator
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def test_a_safetensors_file_that_gipip_did_not_write_is_refused(tmp_path):
         AnomalyScore.load(tmp_path / "foreign.safetensors")
 
 
-def test_the_prior_that_ships_was_trained_on_the_embedded_auxiliary_images_and_knows_natural_images():
+def test_the_prior_that_ships_was_trained_on_the_auxiliary_images_and_knows_natural_images():
     data, prior = load_dataset("cifar10"), load_prior("cifar10")
     assert prior.provenance["data"] == data.auxiliary().fingerprint
     natural, noise = (
@@ -281,3 +282,23 @@ def test_images_whose_sides_cannot_be_halved_as_often_are_neither_scored_nor_att
     with pytest.raises(UpdateError, match=reason):
         score.check((3, height, width))
     score.check((3, 2**depth, 3 * 2**depth))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": -1},
+        {"steps": 0},
+        {"width": 0},
+        {"batch_size": 0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": -0.1},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
+)
+def test_a_setting_that_nothing_can_be_trained_with_is_refused_by_name(settings):
+    auxiliary = load_dataset("cifar10").auxiliary(0.001)
+    for train in (train_autoencoder, train_generator):
+        with pytest.raises(DataError, match=f"{next(iter(settings))}=.* cannot be trained with"):
+            train(auxiliary, **settings)
