@@ -35,7 +35,7 @@ LABELS = {
 }
 """Axis labels of the metrics; any other column is labelled with its name."""
 
-Scale = Literal["category", "log", "symlog"]
+Scale = Literal["category", "log"]
 
 _GAP = 2  # pixels between images
 _MARKERS = "osD^vPX"
@@ -207,8 +207,8 @@ def interval_lines(
     """As `interval_bars`, with a line for each value of `hue`; the lines stand three points apart,
     so that error bars do not hide each other.
 
-    `xscale`: "category" spaces the values of `x` equally; "log" or "symlog" is a logarithmic axis
-    that has a place for 0 too, with a tick at each value. Raises ValueError for missing values.
+    `xscale`: "category" spaces the values of `x` equally; "log" is a logarithmic axis, with a tick
+    at each value and a place for 0. Raises ValueError for missing values.
     """
     table = _intervals(frame, x, y, hue)
     figure, (axes,) = _panels(width, 2.6)
