@@ -35,6 +35,8 @@ LABELS = {
 }
 """Axis labels of the metrics; any other column is labelled with its name."""
 
+Scale = Literal["category", "log", "symlog"]
+
 _GAP = 2  # pixels between images
 _MARKERS = "osD^vPX"
 
@@ -54,6 +56,8 @@ def use_style() -> None:
         "legend.frameon": False,
         "figure.dpi": 110,
         "savefig.dpi": 200,
+        "savefig.bbox": "tight",  # no label is cut off
+        "savefig.pad_inches": 0.04,
         "pdf.fonttype": 42,  # TrueType: text stays text
     }
     seaborn.set_theme("paper", "whitegrid", "colorblind", font_scale=0.92, rc=rc)
@@ -98,10 +102,8 @@ def save_figure(
             for draft, file in zip((png, pdf, csv), files, strict=True):
                 os.replace(draft, file)
     except OSError as error:
-        raise OSError(
-            f"The figure {name!r} cannot be written to {folder} ({error}). "
-            "Pass a folder that you can write."
-        ) from error
+        place = f"{folder} ({error}). Pass a folder that you can write"
+        raise OSError(f"The figure {name!r} cannot be written to {place}.") from error
     return files
 
 
@@ -185,13 +187,7 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
 
 
 def interval_bars(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    hue: str,
-    *,
-    width: float = COLUMN,
-    xlabel: str | None = None,
+    frame: pd.DataFrame, x: str, y: str, hue: str, width: float = COLUMN, xlabel: str | None = None
 ) -> Figure:
     """Bars of the mean of column `y` for each value of `x`, in one colour for each value of `hue`,
     with 95 % bootstrap intervals over independent batches (column `batch`).
@@ -206,24 +202,15 @@ def interval_bars(
 
 
 def interval_lines(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    hue: str,
-    *,
-    width: float = COLUMN,
-    xscale: Literal["category", "log", "symlog"] = "category",
+    frame: pd.DataFrame, x: str, y: str, hue: str, width: float = COLUMN, xscale: Scale = "category"
 ) -> Figure:
     """As `interval_bars`, with a line for each value of `hue`; the lines stand three points apart,
     so that error bars do not hide each other.
 
-    `xscale`: "category" spaces the values of `x` equally; "log" and "symlog", which has a place for
-    0, have a tick at each. Raises ValueError for x ≤ 0 on a "log" axis, and for missing values.
+    `xscale`: "category" spaces the values of `x` equally; "log" or "symlog" is a logarithmic axis
+    that has a place for 0 too, with a tick at each value. Raises ValueError for missing values.
     """
     table = _intervals(frame, x, y, hue)
-    least = table[x].min() if xscale == "log" else 1
-    if least <= 0:
-        raise ValueError(f"A logarithmic axis cannot show {least}: pass xscale='symlog'.")
     figure, (axes,) = _panels(width, 2.6)
     _draw_lines(axes, table.set_index([x, hue]), xscale)
     axes.set_xlabel(x)
@@ -236,8 +223,7 @@ def published_bars(
     x: str,
     y: str,
     hue: str,
-    *,
-    titles: tuple[str, str] = ("published", "this reproduction"),
+    titles: tuple[str, str],
     xlabel: str | None = None,
 ) -> Figure:
     """A chart of the paper (left) beside that of `frame` (right, as `interval_bars`), on one scale;
@@ -340,11 +326,8 @@ def paired_effect(effects: Mapping[str, Interval], label: str, decimals: int = 2
 
 
 def _panels(width: float, height: float, count: int = 1, **shared) -> tuple[Figure, list[Axes]]:
-    size = (width, height)
-    figure, axes = plt.subplots(
-        1, count, squeeze=False, figsize=size, layout="constrained", **shared
-    )
-    return figure, list(axes[0])
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False, **shared)[0])
 
 
 def _with_numbers(figure: Figure, table: pd.DataFrame) -> Figure:
@@ -371,7 +354,7 @@ def _draw_bars(axes: Axes, table: pd.DataFrame) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def _draw_lines(axes: Axes, table: pd.DataFrame, xscale: str) -> None:
+def _draw_lines(axes: Axes, table: pd.DataFrame, xscale: Scale) -> None:
     """A line for each arm of such a table."""
     arms = table.groupby(level=1, sort=False)
     for index, (arm, part) in enumerate(arms):
@@ -384,15 +367,11 @@ def _draw_lines(axes: Axes, table: pd.DataFrame, xscale: str) -> None:
         for artist in line.get_children():
             artist.set_transform(axes.transData + aside)
     if xscale != "category":
-        _scale_x(axes, sorted(table.index.unique(level=0)), xscale)
-
-
-def _scale_x(axes: Axes, places: Sequence[float], xscale: str) -> None:
-    """A logarithmic x axis with a tick at each place; "symlog" is linear next to 0."""
-    least = min((place for place in places if place > 0), default=1.0)
-    axes.set_xscale(xscale, **({"linthresh": least} if xscale == "symlog" else {}))
-    axes.set_xticks(places, map(_text, places))
-    axes.minorticks_off()
+        places = sorted(table.index.unique(level=0))
+        least = min((place for place in places if place > 0), default=1.0)
+        axes.set_xscale("symlog", linthresh=least)  # linear next to 0
+        axes.set_xticks(places, map(_text, places))
+        axes.minorticks_off()
 
 
 def _colors(arms: pd.Series) -> dict:
@@ -424,12 +403,9 @@ def _draw_legend(figure: Figure, title: str = "arm") -> None:
     for axes in figure.axes:
         found, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
+    shown, columns = None if title == "arm" else title, int(figure.get_figwidth() / 1.7)
     figure.legend(
-        handles.values(),
-        handles.keys(),
-        title=None if title == "arm" else title,
-        loc="outside upper center",
-        ncols=int(figure.get_figwidth() / 1.7),
+        handles.values(), handles.keys(), title=shown, loc="outside upper center", ncols=columns
     )
 
 

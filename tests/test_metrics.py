@@ -72,9 +72,7 @@ def authors_images():
         )
     )
     if not (folder / "ex_ref.png").exists():
-        pytest.skip(
-            "the example images of the LPIPS authors are not here; set GIPIP_LPIPS_CHECK to their folder"
-        )
+        pytest.skip("the LPIPS authors' example images are not here: set GIPIP_LPIPS_CHECK")
     names = ("ex_ref", "ex_p0", "ex_p1")
     return [to_tensor(Image.open(folder / f"{name}.png"))[None] for name in names]
 
@@ -395,3 +393,12 @@ def test_a_claim_is_supported_only_by_an_interval_above_0_of_enough_observations
     interval, expected
 ):
     assert verdict(interval) == expected
+
+
+def test_images_too_small_for_lpips_are_measured_without_it_and_said_so():
+    images = torch.rand(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match="from 32×32 pixels on; these images have 16×16.*nan"):
+        found = evaluate(images, images)
+    assert found["lpips"].isna().all() and (found["psnr"] == 100).all()
+    with pytest.raises(ValueError, match="from 32×32"):
+        metrics.lpips(images, images)

@@ -1,8 +1,7 @@
-"""How close reconstructions come to the private images, and how sure a comparison of
-attacks is.
+"""How close reconstructions come to the private images.
 
-Only this module sees the ground truth. Everything is computed on the CPU, image by
-image, on images clamped to [0, 1].
+Only here is the ground truth seen. Everything is computed on the CPU, image by image, on images
+clamped to [0, 1].
 """
 
 import copy
@@ -11,69 +10,64 @@ from functools import cache
 from importlib.resources import files as package_files
 
 import pandas as pd
-import scipy.optimize
-import scipy.stats
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from gipip.errors import BatchSizeError
-from gipip.federation.models import last_linear
+from gipip.federation.models import Images, last_linear
 from gipip.files import DATA, read_tensors
 
-Images = Float[Tensor, "batch 3 height width"]
 PerImage = Float[Tensor, "batch"]
+_LPIPS_SIDE = 32  # pixels that AlexNet needs at least
 
 
 def evaluate(reconstruction, batch, model: nn.Module | None = None) -> pd.DataFrame:
     """How well each private image was reconstructed: one row per image of `batch`.
 
-    `reconstruction` and `batch`: images in [0, 1], or anything that holds them as
-    `.images`. Columns: `image` (index in the batch), `matched` (index of the
-    reconstruction assigned to it), `psnr`, `ssim`, `lpips` and, if a model is given,
-    `feature_mse`. One assignment serves all metrics (see `match`). Raises
+    `reconstruction` and `batch`: images in [0, 1], or anything that holds them as `.images`.
+    Columns: `image` (index in the batch), `matched` (index of the reconstruction assigned to it),
+    `psnr`, `ssim`, `lpips` (nan, with a warning, for images of fewer than 32 pixels a side) and, if
+    a model is given, `feature_mse`. One assignment serves all metrics (see `match`). Raises
     BatchSizeError for different numbers of images, ValueError for unusable images.
     """
     images, truth = _checked(reconstruction, "reconstruction"), _checked(batch, "batch")
     if len(images) != len(truth):
         raise BatchSizeError(
-            f"{len(images)} reconstructed images cannot be matched one to one with {len(truth)} private ones."
+            f"{len(images)} reconstructed images cannot be matched one to one with {len(truth)} "
+            "private ones."
         )
     if images.shape != truth.shape:
-        raise ValueError(
-            f"Reconstructed images of shape {tuple(images.shape[1:])} for private ones of shape {tuple(truth.shape[1:])}."
-        )
+        shapes = f"{tuple(images.shape[1:])} for private ones of shape {tuple(truth.shape[1:])}"
+        raise ValueError(f"Reconstructed images of shape {shapes}.")
     matched = match(images, truth)
     images = images[matched]
     columns = {
         "matched": matched,
         "psnr": psnr(images, truth),
         "ssim": ssim(images, truth),
-        "lpips": lpips(images, truth),
+        "lpips": _lpips_or_nan(images, truth),
     }
     if model is not None:
         columns["feature_mse"] = feature_mse(model, images, truth)
-    return pd.DataFrame(
-        {"image": range(len(truth))} | {name: column.numpy() for name, column in columns.items()}
-    )
+    values = {name: column.numpy() for name, column in columns.items()}
+    return pd.DataFrame({"image": range(len(truth)), **values})
 
 
 def _checked(source, role: str) -> Tensor:
     images = getattr(source, "images", source)
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"The {role} must hold images as a tensor of shape (batch, 3, height, width); found {found}."
-        )
+        expected = "images as a tensor of shape (batch, 3, height, width)"
+        raise ValueError(f"The {role} must hold {expected}; found {found}.")
     if not torch.isfinite(images).all():
-        raise ValueError(
-            f"The {role} holds NaN or infinite values: there is nothing to measure. Look at the attack's cost history."
-        )
+        advice = "There is nothing to measure: look at the attack's cost history."
+        raise ValueError(f"The {role} holds NaN or infinite values. {advice}")
     low, high = images.min().item(), images.max().item()
     if low < -1e-4 or high > 1 + 1e-4:
         raise ValueError(
-            f"The {role} has values from {low:.3g} to {high:.3g}; expected images in [0, 1]. Undo the normalisation first."
+            f"The {role} has values from {low:.3g} to {high:.3g}; expected images in [0, 1]. "
+            "Undo the normalisation first."
         )
     return _prepared(images)
 
@@ -83,98 +77,89 @@ def _prepared(images: Tensor) -> Tensor:
 
 
 def match(images: Images, truth: Images) -> Int[Tensor, "batch"]:
-    """The one-to-one assignment of least total MSE: `images[match(images, truth)]` is
-    aligned to `truth`.
+    """The one-to-one assignment of least total MSE: `images[match(images, truth)]` fits `truth`.
 
-    A gradient does not tell the order of a batch. Taking the best reconstruction for
-    every image with replacement would flatter an attack.
+    A gradient does not tell the order of a batch. Taking the best reconstruction for every image
+    with replacement would flatter an attack.
     """
-    cost = torch.cdist(
-        _prepared(truth).flatten(1).double(), _prepared(images).flatten(1).double()
-    ).square()
-    return torch.from_numpy(scipy.optimize.linear_sum_assignment(cost)[1])
+    from scipy.optimize import linear_sum_assignment  # takes a moment to import
+
+    ours, private = (_prepared(batch).flatten(1).double() for batch in (images, truth))
+    return torch.from_numpy(linear_sum_assignment(torch.cdist(private, ours).square())[1])
 
 
 def psnr(images: Images, truth: Images) -> PerImage:
-    """Peak signal-to-noise ratio per image in dB, data range 1; at most 100 dB, which
-    identical images get, so that means stay finite.
+    """Peak signal-to-noise ratio per image in dB, data range 1.
+
+    At most 100 dB, which identical images get, so that means stay finite.
     """
     mse = (_prepared(images) - _prepared(truth)).square().mean((1, 2, 3))
     return -10 * mse.clamp(min=1e-10).log10()
 
 
 def ssim(images: Images, truth: Images) -> PerImage:
-    """Structural similarity per image (Wang et al. 2004: 11×11 Gaussian window, σ 1.5),
-    data range 1; 1 for identical images.
+    """Structural similarity per image (Wang et al. 2004: 11×11 Gaussian window, σ 1.5), data range
+    1; 1 for identical images.
     """
-    images, truth = (
-        _prepared(images).double(),
-        _prepared(truth).double(),
-    )  # in float32 flat areas lose three digits
-    return (
-        structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
-        .reshape(-1)
-        .float()
-    )
+    # Takes seconds to import.
+    from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+
+    # In float32 flat areas would lose three digits.
+    pair = _prepared(images).double(), _prepared(truth).double()
+    found = similarity(*pair, data_range=1.0, reduction="none")
+    assert isinstance(found, Tensor), "without options it is a tensor"
+    return found.reshape(-1).float()
 
 
 @torch.no_grad()
 def lpips(images: Images, truth: Images) -> PerImage:
-    """LPIPS distance per image (Zhang et al. 2018, AlexNet, version 0.1); 0 for
-    identical images, lower is better.
+    """LPIPS distance per image (Zhang et al. 2018, AlexNet, version 0.1); 0 for identical images,
+    lower is better.
 
-    Images of at least 32×32 pixels in [0, 1]; they are mapped to the [−1, 1] that the
-    network expects.
+    Images in [0, 1]; they are mapped to the [−1, 1] that the network expects. Raises ValueError for
+    fewer than 32 pixels a side.
     """
-    pairs = zip(
-        _prepared(images).split(64), _prepared(truth).split(64), strict=True
-    )  # 64 at a time bounds the memory
-    return torch.cat(
-        [_lpips_network()(first, second, normalize=True).reshape(-1) for first, second in pairs]
-    )
+    if min(images.shape[-2:]) < _LPIPS_SIDE:
+        size = "×".join(map(str, images.shape[-2:]))
+        raise ValueError(f"LPIPS is defined from 32×32 pixels on; these images have {size}.")
+    parts = zip(_prepared(images).split(64), _prepared(truth).split(64), strict=True)
+    found = [_lpips_network()(*pair, normalize=True).reshape(-1) for pair in parts]
+    return torch.cat(found)  # 64 at a time bounds the memory
+
+
+def _lpips_or_nan(images: Images, truth: Images) -> PerImage:
+    try:
+        return lpips(images, truth)
+    except ValueError as error:
+        warnings.warn(f"{error} The column lpips is nan.", stacklevel=3)
+        return torch.full((len(images),), torch.nan)
 
 
 @cache
 def _lpips_network() -> nn.Module:
-    """The official network: linear heads from the package `lpips`, AlexNet from gipip's
-    data; nothing is downloaded.
+    """The official network: linear heads from the package `lpips`, AlexNet from gipip's data;
+    nothing is downloaded.
     """
     from lpips import LPIPS
 
-    with (
-        torch.device("meta"),
-        warnings.catch_warnings(),
-    ):  # on "meta" no weights are drawn: a weight missing below would fail loudly
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # lpips uses torchvision's deprecated argument `pretrained`
+    with torch.device("meta"), warnings.catch_warnings():  # draws no weights
+        warnings.simplefilter("ignore", UserWarning)  # torchvision deprecates what lpips calls
         network = LPIPS(pretrained=False, pnet_rand=True, verbose=False)
+    heads = package_files("lpips") / "weights/v0.1/alex.pth"
+    weights = torch.load(str(heads), map_location="cpu", weights_only=True)
     trunk, _ = read_tensors(DATA / "lpips-alexnet-trunk.safetensors")
-    heads = torch.load(
-        package_files("lpips") / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True
-    )
-    slices = {
-        "features.0": "1.0",
-        "features.3": "2.3",
-        "features.6": "3.6",
-        "features.8": "4.8",
-        "features.10": "5.10",
-    }
-    trunk = {
-        f"net.slice{slices[layer]}.{kind}": trunk[f"{layer}.{kind}"]
-        for layer in slices
-        for kind in ("weight", "bias")
-    }
-    network.load_state_dict(
-        trunk | heads, strict=False, assign=True
-    )  # not strict: the heads have a second name, lins.*
+    for layer, place in {0: "1.0", 3: "2.3", 6: "3.6", 8: "4.8", 10: "5.10"}.items():
+        for kind in ("weight", "bias"):
+            weights[f"net.slice{place}.{kind}"] = trunk[f"features.{layer}.{kind}"]
+    # Not strict, as the heads have a second name, lins.*; what is missing would fail on "meta".
+    network.load_state_dict(weights, strict=False, assign=True)
     return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def feature_mse(model: nn.Module, images: Images, truth: Images) -> PerImage:
-    """Mean squared error per image of the features that enter the model's last linear
-    layer, in eval mode; the model is left as it is.
+    """Mean squared error per image of the features that enter the model's last linear layer, in
+    eval mode; the model is left as it is.
 
     Raises ModelError for a model without a linear layer.
     """

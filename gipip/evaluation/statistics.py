@@ -19,7 +19,7 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of this name
 
     def __format__(self, spec: str) -> str:
         """The three numbers in one format: `f"{interval:.3f}"` gives "0.420 [0.100,
@@ -47,9 +47,8 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=float)
     groups = np.arange(len(values)) if groups is None else np.asarray(groups)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(
-            "An interval needs a one-dimensional, non-empty set of finite values. Look for missing or NaN metrics."
-        )
+        needed = "a one-dimensional, non-empty set of finite values"
+        raise ValueError(f"An interval needs {needed}. Look for missing or NaN metrics.")
     if groups.shape != values.shape:
         raise ValueError(
             f"{len(values)} values but groups of shape {groups.shape}: expected one group a value."
@@ -90,9 +89,8 @@ def paired_difference(
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape:
-        raise ValueError(
-            f"The arms have {a.shape} and {b.shape} values: a paired difference needs the same images in the same order."
-        )
+        needed = "a paired difference needs the same images in the same order"
+        raise ValueError(f"The arms have {a.shape} and {b.shape} values: {needed}.")
     return bootstrap_interval(a - b, groups=groups, confidence=confidence, seed=seed)
 
 
