@@ -7,7 +7,7 @@ Run `gipip data cifar10` first, then `python data/draw_cifar10_sample.py [target
 import sys
 from pathlib import Path
 
-from gipip.data.datasets import PAPER_FRACTION, LabeledImages, load_dataset
+from gipip.data.datasets import CIFAR10_SAMPLE, PAPER_FRACTION, load_dataset, named_tensors
 from gipip.data.download import CIFAR10_SHA256
 from gipip.files import write_tensors
 
@@ -28,30 +28,13 @@ METADATA = {
 }
 
 
-def parts(name: str, pool: LabeledImages) -> dict:
-    return {
-        f"{name}_images": pool.pixels,
-        f"{name}_labels": pool.labels,
-        f"{name}_indices": pool.indices,
-    }
-
-
 def draw(target: Path) -> Path:
     full = load_dataset("cifar10", full=True)
     private = full.private_pool[full.private_pool.shuffled("private:0")[:PRIVATE_IMAGES]]
-    tensors = (
-        parts("auxiliary", full.auxiliary(PAPER_FRACTION, seed=0))
-        | parts("tuning", full.tuning_pool)
-        | parts("private", private)
-    )
+    auxiliary = full.auxiliary(PAPER_FRACTION, seed=0)
+    tensors = named_tensors(auxiliary=auxiliary, tuning=full.tuning_pool, private=private)
     return write_tensors(target, tensors, METADATA)
 
 
 if __name__ == "__main__":
-    print(
-        draw(
-            Path(sys.argv[1])
-            if len(sys.argv) > 1
-            else Path(__file__).parent / "cifar10-sample.safetensors"
-        )
-    )
+    print(draw(Path(sys.argv[1]) if len(sys.argv) > 1 else CIFAR10_SAMPLE))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gipip.data.datasets import IMAGENET64_SAMPLE
+from gipip.data.datasets import IMAGENET64_SAMPLE, LabeledImages, named_tensors
 from gipip.data.imagenet import HASHES, SIZE, shipped_hashes
 from gipip.data.photographs import Photographs, list_folder, near, perceptual_hashes, read
 from gipip.files import write_tensors
@@ -49,17 +49,9 @@ def draw(wheel: Path) -> None:
     if excluded or len(labels) != 20:
         found = f"{len(labels)} photographs, {excluded} of them among the auxiliary images"
         sys.exit(f"{found}: expected 20 and 0.")
-    tensors = {}
-    for pool, part in {
-        "tuning": TUNING,
-        "private": [row for row in range(20) if row not in TUNING],
-    }.items():
-        part = torch.tensor(part)
-        tensors |= {
-            f"{pool}_images": pixels[part],
-            f"{pool}_labels": torch.tensor(labels)[part],
-            f"{pool}_indices": part,
-        }
+    pool = LabeledImages(pixels, torch.tensor(labels))
+    private = [row for row in range(20) if row not in TUNING]
+    tensors = named_tensors(tuning=pool[list(TUNING)], private=pool[private])
     about = {
         "images": len(labels),
         "excluded": excluded,

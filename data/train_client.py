@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from gipip.data.datasets import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset
 from gipip.data.download import cache_folder
 from gipip.data.imagenet import CLASSES, SIZE
+from gipip.data.photographs import list_folder, read
 from gipip.experiments.sweep import provenance
 from gipip.federation.models import ClientModel, build_model, trainable
 from gipip.federation.training import accuracy
@@ -81,13 +82,12 @@ def _cifar10() -> tuple[LabeledImages, LabeledImages, int, dict]:
 
 
 def _photographs(root: Path) -> tuple[LabeledImages, LabeledImages, int, dict]:
-    data = load_dataset("folder", root=root, size=SIZE, auxiliary_fraction=0.0, tuning_fraction=0.1)
-    return (
-        data.private_pool,
-        data.tuning_pool,
-        CLASSES,
-        {"image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-    )
+    found, pixels = read(list_folder(root), SIZE)
+    pool = LabeledImages(pixels, torch.tensor(found.labels))
+    rows = found.shuffled("split:0")
+    tenth = round(0.1 * len(rows))
+    about = {"image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return pool[sorted(rows[tenth:])], pool[sorted(rows[:tenth])], CLASSES, about
 
 
 def train(

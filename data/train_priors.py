@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gipip.data.datasets import LabeledImages, load_dataset
+from gipip.data.photographs import list_folder, read
 from gipip.experiments.sweep import provenance
 from gipip.priors import train_autoencoder, train_generator
 
@@ -56,10 +57,9 @@ def photographs() -> LabeledImages:
     """All images of a folder at 64×64, shuffled so that every beginning holds each
     class in proportion.
     """
-    root = Path(os.environ["GIPIP_DATA"]) / "auxiliary"
-    return load_dataset(
-        "folder", root=root, size=64, auxiliary_fraction=1.0, tuning_fraction=0.0
-    ).auxiliary()
+    found, pixels = read(list_folder(Path(os.environ["GIPIP_DATA"]) / "auxiliary"), 64)
+    pool = LabeledImages(pixels, torch.tensor(found.labels))
+    return pool[pool.shuffled("auxiliary:0")]
 
 
 def imagenet() -> LabeledImages:

@@ -184,54 +184,75 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     return _with_numbers(figure, table)
 
 
-def interval_chart(
+def interval_bars(
     frame: pd.DataFrame,
     x: str,
     y: str,
     hue: str,
     *,
-    xscale: Literal["category", "log"] = "category",
     width: float = COLUMN,
     xlabel: str | None = None,
 ) -> Figure:
-    """The mean of column `y` for each value of `x`, in one colour for each value of `hue`, with
-    95 % bootstrap intervals over independent batches (column `batch`).
+    """Bars of the mean of column `y` for each value of `x`, in one colour for each value of `hue`,
+    with 95 % bootstrap intervals over independent batches (column `batch`).
 
-    `xscale`: "category" draws bars, in the order of the frame; "log" draws lines over numbers on a
-    logarithmic axis, on which 0 has its place too. Raises ValueError for missing values.
+    Raises ValueError for missing values.
     """
-    draw = {"category": _draw_bars, "log": _draw_lines}.get(xscale)
-    if draw is None:
-        raise ValueError(f"Unknown scale {xscale!r} of the x axis. Known: category, log.")
     table = _intervals(frame, x, y, hue)
     figure, (axes,) = _panels(width, 2.6)
-    draw(axes, table.set_index([x, hue]))
-    axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
-    axes.set_title(_explained(table["count"]), fontsize=7)
-    _draw_legend(figure, hue)
-    return _with_numbers(figure, table)
+    _draw_bars(axes, table.set_index([x, hue]))
+    axes.set_xlabel(x if xlabel is None else xlabel)
+    return _explained(figure, table, y)
+
+
+def interval_lines(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    width: float = COLUMN,
+    xscale: Literal["category", "log", "symlog"] = "category",
+) -> Figure:
+    """As `interval_bars`, with a line for each value of `hue`; the lines stand three points apart,
+    so that error bars do not hide each other.
+
+    `xscale`: "category" spaces the values of `x` equally; "log" and "symlog", which has a place for
+    0, have a tick at each. Raises ValueError for x ≤ 0 on a "log" axis, and for missing values.
+    """
+    table = _intervals(frame, x, y, hue)
+    least = table[x].min() if xscale == "log" else 1
+    if least <= 0:
+        raise ValueError(f"A logarithmic axis cannot show {least}: pass xscale='symlog'.")
+    figure, (axes,) = _panels(width, 2.6)
+    _draw_lines(axes, table.set_index([x, hue]), xscale)
+    axes.set_xlabel(x)
+    return _explained(figure, table, y)
 
 
 def published_bars(
     frame: pd.DataFrame,
     published: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
     titles: tuple[str, str] = ("published", "this reproduction"),
     xlabel: str | None = None,
 ) -> Figure:
-    """A chart of the paper (left) beside that of `frame` (right, as `interval_chart`), on one
-    scale; `titles` name the settings.
+    """A chart of the paper (left) beside that of `frame` (right, as `interval_bars`), on one scale;
+    `titles` name the settings.
 
-    `published`: a row for each bar and three columns, which `frame` has too: x axis, colour and
-    height (see `gipip.evaluation.published`). Both panels have all places, ascending if they are
-    numbers, with a gap where a panel has no bar.
+    `published`: columns `x`, `hue` and `y`, a row for each bar (see `gipip.evaluation.published`).
+    Both panels have all values of `x`, ascending if they are numbers, with a gap where a panel has
+    no bar.
     """
-    x, hue, y = published.columns
     here = _intervals(frame, x, y, hue)
-    tables = {titles[0]: published.rename(columns={y: "mean"}), titles[1]: here}
+    tables = {titles[0]: published[[x, hue, y]].rename(columns={y: "mean"}), titles[1]: here}
     drawn = pd.concat(tables, names=["panel"]).reset_index("panel")
     places = drawn[x].sort_values() if pd.api.types.is_numeric_dtype(drawn[x]) else drawn[x]
     bars = pd.MultiIndex.from_product([places.unique(), drawn[hue].unique()], names=[x, hue])
-    notes = ["bars: read from the published chart\nno intervals", _explained(here["count"])]
+    notes = ["read from the published chart\nno intervals", _what_is_drawn(here)]
     figure, panels = _panels(PAGE, 2.8, 2, sharey=True)
     for axes, title, note in zip(panels, titles, notes, strict=True):
         part = drawn[drawn["panel"] == title].set_index([x, hue])
@@ -343,31 +364,33 @@ def _intervals(frame: pd.DataFrame, x: str, y: str, hue: str) -> pd.DataFrame:
 
 
 def _draw_bars(axes: Axes, table: pd.DataFrame) -> None:
-    """Bars of a table of intervals that is indexed by place and arm, in its order; without an
-    interval no error bar.
-    """
+    """Bars of a table of intervals that is indexed by place and arm, in its order."""
     wide = pd.DataFrame(table.unstack(sort=False))
     errors = np.stack(_reach(wide)).transpose(2, 0, 1)  # arms, 2 ends, places
     wide["mean"].rename(_text).plot.bar(ax=axes, yerr=errors, width=0.8, rot=0, legend=False)
     axes.grid(axis="x", visible=False)
 
 
-def _draw_lines(axes: Axes, table: pd.DataFrame) -> None:
-    """A line for each arm of such a table over a logarithmic axis with a tick at each place; the
-    lines stand three points apart, so that error bars do not hide each other.
-    """
+def _draw_lines(axes: Axes, table: pd.DataFrame, xscale: str) -> None:
+    """A line for each arm of such a table."""
     arms = table.groupby(level=1, sort=False)
     for index, (arm, part) in enumerate(arms):
         part = part.droplevel(1).sort_index()
+        places = part.index.map(_text) if xscale == "category" else part.index
         marker = _MARKERS[index % len(_MARKERS)]
-        line = axes.errorbar(part.index, part["mean"], _reach(part), marker=marker, label=arm)
+        line = axes.errorbar(places, part["mean"], _reach(part), marker=marker, label=arm)
         points = 3 * (index - (len(arms) - 1) / 2)
         aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
         for artist in line.get_children():
             artist.set_transform(axes.transData + aside)
-    places = sorted(table.index.unique(level=0))
+    if xscale != "category":
+        _scale_x(axes, sorted(table.index.unique(level=0)), xscale)
+
+
+def _scale_x(axes: Axes, places: Sequence[float], xscale: str) -> None:
+    """A logarithmic x axis with a tick at each place; "symlog" is linear next to 0."""
     least = min((place for place in places if place > 0), default=1.0)
-    axes.set_xscale("symlog", linthresh=least)
+    axes.set_xscale(xscale, **({"linthresh": least} if xscale == "symlog" else {}))
     axes.set_xticks(places, map(_text, places))
     axes.minorticks_off()
 
@@ -420,9 +443,19 @@ def _require_values(frame: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"The columns {list(missing)} have missing or infinite values.")
 
 
-def _explained(counts: pd.Series) -> str:
-    """What is drawn of intervals over `counts` batches each; a single one has no interval."""
+def _what_is_drawn(intervals: pd.DataFrame) -> str:
+    """What the marks of a chart are and of how many batches each; a single one has no interval."""
+    counts = intervals["count"]
     if counts.max() == 1:
         return "mean\none batch each, no intervals"
     number = "–".join(str(count) for count in dict.fromkeys([counts.min(), counts.max()]))
     return f"mean and 95 % bootstrap interval\n{number} independent batches each"
+
+
+def _explained(figure: Figure, intervals: pd.DataFrame, y: str) -> Figure:
+    """The chart of a table of intervals of `y`, with the texts that it needs."""
+    axes = figure.axes[0]
+    axes.set_ylabel(LABELS.get(y, y))
+    axes.set_title(_what_is_drawn(intervals), fontsize=7)
+    _draw_legend(figure, intervals.columns[1])
+    return _with_numbers(figure, intervals)

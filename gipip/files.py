@@ -65,9 +65,8 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = canonical_json(metadata)
     header = {"metadata": text, "sha256": fingerprint(tensors, text)}
-    content = safetensors.torch.save(
-        tensors, {"gipip": canonical_json(header)}
-    )  # one entry: safetensors writes several in random order
+    # one entry of metadata, because safetensors writes several in random order
+    content = safetensors.torch.save(tensors, {"gipip": canonical_json(header)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
@@ -99,7 +98,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("gipip", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError) as error:

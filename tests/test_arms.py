@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gipip.data.datasets import load_dataset
-from gipip.experiments import arms
+from gipip.experiments import arms, show
 from gipip.experiments.claims import collect_claims, save_claims
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run
@@ -73,30 +73,30 @@ def test_a_loss_is_judged_against_another_loss(results):
 
 
 def test_a_column_that_says_the_same_in_every_row_moves_to_the_caption(capsys):
-    table = arms.captioned(pandas.DataFrame({"attack": ["a", "b"], "images": [8, 8]}))
+    table = show.captioned(pandas.DataFrame({"attack": ["a", "b"], "images": [8, 8]}))
     assert list(table) == ["attack"] and "images: 8" in capsys.readouterr().out
 
 
 def test_a_table_of_one_row_keeps_its_columns(capsys):
-    assert list(arms.captioned(pandas.DataFrame({"attack": ["a"]}))) == ["attack"]
+    assert list(show.captioned(pandas.DataFrame({"attack": ["a"]}))) == ["attack"]
     assert not capsys.readouterr().out.strip()
 
 
 def test_labelled_frames_say_where_each_row_is_from(results):
     named = {name: results.select(arm=name) for name in ("without", "with")}
-    frame = arms.labelled("condition", named)
+    frame = show.labelled("condition", named)
     assert (frame["condition"] == frame["arm"]).all() and len(frame) == 24
 
 
 def test_pictures_show_what_all_rows_have(results):
-    figure = arms.pictures({"all": results, "one": results[:1]}, columns=4)
+    figure = show.pictures({"all": results, "one": results[:1]}, columns=4)
     assert figure.data_drawn["caption"].tolist()[2:] == ["20.0 dB", "22.0 dB"] * 2
 
 
 def test_words_that_all_comparisons_begin_with_are_on_the_axis(results):
     claims = arms.judge(results, 1, "GIPIP − IG, equal λTV", "with", "without")
     claims += arms.judge(results, 1, "GIPIP − IG, tuned", "with", "without")
-    figure = arms.forest(claims, "psnr")
+    figure = show.forest(claims, "psnr")
     assert figure.axes[0].get_xlabel().startswith("PSNR (dB): GIPIP − IG\n")
     assert figure.data_drawn["effect"].tolist() == [
         "equal λTV, convnet16, B = 2",
@@ -120,32 +120,32 @@ def test_a_defence_is_named_as_in_tables(kind, strength, label):
 def test_a_constant_picture_of_a_constant_image_is_as_good_as_it_gets():
     images = load_dataset("cifar10").private_pool[:2].images
     constant = torch.full_like(images, 0.5) + torch.linspace(-0.1, 0.1, 32)
-    assert arms.flat_psnr(constant) > 20 > arms.flat_psnr(images)
+    assert show.flat_psnr(constant) > 20 > show.flat_psnr(images)
 
 
 def test_auroc_of_noise_is_nearly_perfect():
     natural = load_dataset("cifar10").tuning_pool[:20].images
     noise = torch.rand(natural.shape, generator=torch.Generator().manual_seed(0))
-    table = arms.aurocs({"c = 0": load_prior().with_offset(0)}, natural, {"noise": noise})
+    table = show.aurocs({"c = 0": load_prior().with_offset(0)}, natural, {"noise": noise})
     assert table.loc[0, ["prior", "anomaly", "images"]].tolist() == ["c = 0", "noise", 20]
     assert table["AUROC"].item() > 0.95
 
 
 def test_a_claim_that_does_not_hold_is_named(capsys):
-    arms.check("two is more than one", 2 > 1)
+    show.check("two is more than one", 2 > 1)
     assert capsys.readouterr().out == "two is more than one\n"
     with pytest.raises(AssertionError, match="one is more than two"):
-        arms.check("one is more than two", 1 > 2)
+        show.check("one is more than two", 1 > 2)
 
 
 def test_frames_keep_what_a_watcher_sees():
-    frames = arms.Frames()
+    frames = show.Frames()
     frames(25, torch.zeros(1, 3, 8, 8), 0.5)
     assert list(frames.images) == [25]
 
 
 def test_verdicts_are_written_and_shown_with_their_intervals(results, tmp_path):
-    table = arms.verdicts("02_x", arms.judge(results, 1, "a − b", "with", "without"), tmp_path)
+    table = show.verdicts("02_x", arms.judge(results, 1, "a − b", "with", "without"), tmp_path)
     assert table["difference"].str.match(r"\+\d\.\d{3} \[").all()
     assert len(collect_claims(tmp_path)) == 2
 
@@ -153,11 +153,11 @@ def test_verdicts_are_written_and_shown_with_their_intervals(results, tmp_path):
 def test_what_the_full_run_found_is_read_from_where_its_figures_are(
     results, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(arms, "FIGURES", tmp_path)
-    assert arms.found("02_x_claims") is None
+    monkeypatch.setattr(show, "FIGURES", tmp_path)
+    assert show.found("02_x_claims") is None
     assert "figures/02_x_claims.csv is in the repository" in capsys.readouterr().out
     save_claims("02_x", arms.judge(results, 1, "a − b", "with", "without"), tmp_path)
-    assert arms.found("02_x_claims")["difference"].str.startswith("+").all()
+    assert show.found("02_x_claims")["difference"].str.startswith("+").all()
 
 
 @pytest.mark.parametrize(
@@ -175,4 +175,4 @@ def test_what_the_full_run_found_is_read_from_where_its_figures_are(
     ],
 )
 def test_the_full_run_of_every_notebook_ships_with_the_repository(name):
-    assert len(arms.found(name)) > 0
+    assert len(show.found(name)) > 0

@@ -111,13 +111,13 @@ def test_the_table_shown_is_the_table_collected(tmp_path):
 @pytest.mark.parametrize(
     ("name", "claims", "message"),
     [
-        ("03_ablations", [], "no claims"),
+        ("03_ablations", [], "found 0 claims of '03_ablations'"),
         (
             "03_ablations",
             [a_claim(), a_claim(metric="ssim"), a_claim(images=8)],
             "the same twice: GIPIP − IG, B = 4 by psnr",
         ),
-        ("ablations", [a_claim()], "no notebook's name"),
+        ("ablations", [a_claim()], "notebook's name such as '03_ablations'; found 1 claims of 'ablations'"),
     ],
 )
 def test_what_cannot_be_judged_once_and_collected_is_refused(name, claims, message, tmp_path):

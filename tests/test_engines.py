@@ -140,6 +140,8 @@ def _short(name):
         settings["prior"] = GenerativePrior(Generator(width=8, latent_size=8))
     if name == "dlg":
         settings |= {"iterations": 2, "inner_iterations": 3}
+    if name == "gias":
+        settings["latent_iterations"] = 2
     return kind(**settings)
 
 

@@ -1,48 +1,39 @@
-"""Scenarios and their keys, the store, single runs, sweeps and what becomes of them
-when something dies, and the tables of results.
-"""
+"""Scenarios and their keys, the store, single runs, and the tables of results."""
 
 import dataclasses
-import functools
+import importlib.util
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
-from unittest.mock import MagicMock
 
-import dask
-import distributed
 import numpy as np
 import pandas
-import psutil
 import pydantic
 import pytest
 import torch
 
-from gipip.attacks import DLG, GIPIP, GradInversion, InvertingGradients
-from gipip.errors import (
-    BatchSizeError,
-    DamagedFileError,
-    DataError,
-    ModelError,
-    StoreError,
-    SweepError,
-)
+import gipip
+from gipip.attacks.dlg import DLG
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.gradinversion import GradInversion
+from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.data.datasets import load_dataset
+from gipip.errors import DamagedFileError, DataError, ModelError, StoreError
 from gipip.evaluation.statistics import paired_difference
-from gipip.experiments import sweep as experiments
-from gipip.experiments.cluster import open_cluster
+from gipip.experiments import sweep as sweeps
+from gipip.experiments import version
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.store import Result, ResultStore
-from gipip.experiments.sweep import execute, sweep
+from gipip.experiments.sweep import execute, shipped_results, sweep
 from gipip.federation import models
 from gipip.federation.client import FedAvg
 from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
 from gipip.files import read_tensors, write_tensors
-from gipip.priors import AnomalyScore, Autoencoder, load_prior
+from gipip.priors.autoencoder import AnomalyScore, Autoencoder, load_prior
 
 LENET, SHORT = Scenario(model="lenet"), InvertingGradients(iterations=3)
 DEFENSES = (
@@ -51,31 +42,6 @@ DEFENSES = (
     Sparsification(sparsity=0.9),
     Clipping(max_norm=2),
 )
-
-
-class FailsForSeed(InvertingGradients):
-    """An attack that finds no way to attack with one of its seeds."""
-
-    failing: int
-
-    def variables(self, view):
-        if self.seed == self.failing:
-            raise ArithmeticError(f"no luck with seed {self.seed}")
-        return super().variables(view)
-
-
-class DiesOnce(InvertingGradients):
-    """An attack whose process is killed the first time, as by a kernel that ran out of
-    memory.
-    """
-
-    marker: str
-
-    def project(self, view, variables):
-        super().project(view, variables)
-        if not Path(self.marker).exists():
-            Path(self.marker).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class IsInterrupted(InvertingGradients):
@@ -91,26 +57,9 @@ class IsInterrupted(InvertingGradients):
 presses: list[str] = []
 
 
-def twelve_runs():
-    """Long enough to be interrupted: about half a second each."""
-    return [
-        Run("IG", Scenario(model="lenet", seed=seed), InvertingGradients(iterations=150))
-        for seed in range(12)
-    ]
-
-
 @pytest.fixture(scope="module")
 def prior():
     return load_prior()
-
-
-@pytest.fixture(scope="module")
-def scheduler():
-    """The address of a scheduler with two single-threaded worker processes, as a sweep
-    starts it.
-    """
-    with open_cluster(workers=2, scheduler=None, runs=2) as client:
-        yield client.scheduler.address
 
 
 @pytest.fixture
@@ -130,16 +79,7 @@ def trained_lenet(tmp_path, monkeypatch):
         {"num_classes": 10, "accuracy": {"3": 0.4, "5": 0.5}},
     )
     monkeypatch.setattr(models, "DATA", tmp_path)
-    yield states[3]
-    experiments._fingerprints.cache_clear()
-    experiments._weights_fingerprint.cache_clear()
-
-
-@pytest.fixture
-def no_cluster(monkeypatch):
-    """Starting workers is an error here."""
-    monkeypatch.setattr(distributed, "LocalCluster", None)
-    monkeypatch.setattr(distributed, "Client", None)
+    return states[3]
 
 
 @pytest.fixture
@@ -170,7 +110,7 @@ def made_up(arm, psnr, *, attack=SHORT, about=(), **scenario):
         "assumptions": assumptions,
         "returned": "last iterate",
         "seconds": 1.5,
-        "made": {"machine": "a CPU"},
+        "made": {"machine": "a CPU", "code": "0123456789ab"},
     }
     images, labels = torch.rand(count, 3, 8, 8), torch.arange(count)
     return Result(run, images, images, labels, {"cost": torch.ones(4)}, metrics, details)
@@ -189,14 +129,6 @@ def same(a, b):
         and details[0] == details[1]
         and a.metrics.equals(b.metrics)
     )
-
-
-def result_files(store):
-    return sorted(store.folder.glob("*.safetensors"))
-
-
-def modified(paths):
-    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 # Scenario and Run --------------------------------------------------------------
@@ -306,7 +238,7 @@ def test_a_scenario_draws_its_classes_only():
         for pool in ("private", "tuning")
     ]
     assert all(sorted(batch.labels.tolist()) == [1, 9] for batch in batches)
-    data = experiments._dataset("cifar10")
+    data = load_dataset("cifar10")
     assert (
         batches[0].indices.tolist()
         == data.restricted((1, 9)).private(batch_size=2).indices.tolist()
@@ -352,7 +284,7 @@ def test_a_scenario_gives_the_pools_images_and_the_seeds_weights():
     batches = {
         pool: Scenario(pool=pool, seed=2).batch().fingerprint for pool in ("private", "tuning")
     }
-    data = experiments._dataset("cifar10")
+    data = load_dataset("cifar10")
     assert batches == {
         "private": data.private(seed=2).fingerprint,
         "tuning": data.tuning(seed=2).fingerprint,
@@ -417,17 +349,6 @@ def test_every_field_of_the_scenario_changes_the_key(trained_lenet):
     ) == len(changes)
 
 
-def test_a_trained_client_of_other_weights_has_another_key(trained_lenet):
-    run = Run("IG", Scenario(model="lenet", epochs=3), SHORT)
-    first = run.key()
-    tensors, about = read_tensors(models.DATA / "client-cifar10-lenet.safetensors")
-    tensors["3/network.0.weight"] = tensors["3/network.0.weight"] + 1
-    write_tensors(models.DATA / "client-cifar10-lenet.safetensors", tensors, about)
-    experiments._fingerprints.cache_clear()  # as in a new process
-    experiments._weights_fingerprint.cache_clear()
-    assert run.key() != first
-
-
 def test_every_field_of_the_attack_changes_the_key(prior):
     other = {
         "iterations": 7,
@@ -454,7 +375,7 @@ def test_every_field_of_the_attack_changes_the_key(prior):
     assert len({Run("an arm", LENET, attack).key() for attack in attacks}) == len(attacks)
 
 
-def test_other_weights_of_the_prior_or_another_offset_change_the_key_and_another_provenance_does_not():
+def test_the_priors_weights_and_offset_change_the_key_and_its_provenance_does_not():
     torch.manual_seed(0)
     score = AnomalyScore(Autoencoder(), 0.1, {"images": 10})
     priors = [
@@ -467,19 +388,77 @@ def test_other_weights_of_the_prior_or_another_offset_change_the_key_and_another
     assert keys[0] == keys[1] and len(set(keys)) == 3
 
 
-def test_keys_are_the_same_in_another_process(prior):
-    runs = [
-        Run("a", LENET, SHORT),
-        Run("b", Scenario(batch_size=2, labels="withheld"), GIPIP(prior=prior, as_weight=0.1)),
-    ]
-    code = """from gipip import *
-from gipip.priors import load_prior
+_KEYS = """import sys
+from pathlib import Path
+from gipip import GIPIP, InvertingGradients, Run, Scenario, load_prior
+from gipip.federation import models
 print(Run("c", Scenario(model="lenet"), InvertingGradients(iterations=3)).key())
-print(Run("d", Scenario(batch_size=2, labels="withheld"), GIPIP(prior=load_prior(), as_weight=0.1)).key())"""
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert process.stdout.split() == [run.key() for run in runs]
+withheld = Scenario(batch_size=2, labels="withheld")
+print(Run("d", withheld, GIPIP(prior=load_prior(), as_weight=0.1)).key())
+models.DATA = Path(sys.argv[1])
+print(Run("e", Scenario(model="lenet", epochs=3), InvertingGradients(iterations=3)).key())
+"""
+
+
+def test_keys_are_the_same_in_another_process_but_for_a_trained_client_of_other_weights(
+    prior, trained_lenet
+):
+    withheld = Scenario(batch_size=2, labels="withheld")
+    runs = [Run("a", LENET, SHORT), Run("b", withheld, GIPIP(prior=prior, as_weight=0.1))]
+    trained = Run("IG", Scenario(model="lenet", epochs=3), SHORT).key()
+    tensors, about = read_tensors(models.DATA / "client-cifar10-lenet.safetensors")
+    tensors["3/network.0.weight"] = tensors["3/network.0.weight"] + 1
+    write_tensors(models.DATA / "client-cifar10-lenet.safetensors", tensors, about)
+    command = [sys.executable, "-c", _KEYS, str(models.DATA)]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    *same_ones, other = process.stdout.split()
+    assert same_ones == [run.key() for run in runs] and other != trained
+
+
+def version_of(package):
+    """The version of the code of a copy of gipip."""
+    file = package / "experiments" / "version.py"
+    spec = importlib.util.spec_from_file_location("version_of_a_copy", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.code_version()
+
+
+@pytest.fixture
+def package(tmp_path):
+    return Path(shutil.copytree(Path(gipip.__file__).parent, tmp_path / "gipip"))
+
+
+def test_the_codes_version_is_left_alone_by_comments_docstrings_and_what_computes_nothing(package):
+    assert version_of(package) == version.code_version()
+    attack = package / "attacks" / "dlg.py"
+    attack.write_text(attack.read_text().replace('"""', '"""In other words: ', 1))
+    with (package / "federation" / "client.py").open("a") as file:
+        file.write("# a remark\n")
+    (package / "figures.py").write_text("")
+    assert version_of(package) == version.code_version()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("attacks/base.py", "attacks/engines/__init__.py", "attacks/a_new_one.py"),
+        *("federation/client.py", "priors/gan.py", "evaluation/metrics.py"),
+        "experiments/scenario.py",
+    ],
+)
+def test_any_statement_on_which_a_result_depends_changes_the_codes_version(package, name):
+    with (package / name).open("a") as file:
+        file.write("\nNEW = 1\n")
+    assert version_of(package) != version.code_version()
+
+
+def test_a_result_of_other_code_is_not_reused(store, result):
+    store.save(result)
+    path = store.path(result.run)
+    assert result.run.key(code="other") != result.run.key() == path.stem
+    path.rename(path.with_stem(result.run.key(code="other")))
+    assert store.load(result.run) is None
 
 
 # The store ---------------------------------------------------------------------
@@ -604,23 +583,38 @@ def test_a_stored_result_is_loaded_and_not_computed(store, result, monkeypatch):
     assert same(execute(result.run, store), result)
 
 
-def test_shipped_results_are_found_by_their_runs_and_nothing_is_computed(
-    result, tmp_path, monkeypatch
+@pytest.fixture
+def shipped(result, store, tmp_path, monkeypatch):
+    """The file of a result that ships, as earlier code computed it."""
+    result.details["made"].pop("code", None)
+    store.save(result)
+    monkeypatch.setattr(sweeps, "DATA", tmp_path)
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / f"{result.run.key(code='')}.safetensors"
+    return store.path(result.run).rename(path)
+
+
+def test_shipped_results_are_those_of_earlier_code_and_nothing_is_computed(
+    shipped, result, monkeypatch
 ):
-    monkeypatch.setattr(experiments, "DATA", tmp_path)
-    ResultStore(tmp_path / "results").save(result)
-    monkeypatch.setattr(experiments, "execute", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(InvertingGradients, "__call__", None)
     others = [Run("other", LENET.model_copy(update={"seed": seed}), SHORT) for seed in (7, 8)]
-    [found] = experiments.shipped_results([others[0], result.run, others[1]])
+    [found] = results = shipped_results([others[0], result.run, others[1]])
     assert found.run == result.run and torch.equal(found.images, result.images)
+    assert list(results.frame()["code"]) == ["an earlier version"]
 
 
-def test_a_damaged_shipped_result_is_an_error(result, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "DATA", tmp_path)
-    path = ResultStore(tmp_path / "results").path(result.run)
-    path.write_bytes(b"no tensors")
+def test_a_damaged_shipped_result_is_an_error(shipped, result):
+    shipped.write_bytes(b"no tensors")
     with pytest.raises(DamagedFileError, match="no readable safetensors file"):
-        experiments.shipped_results([result.run])
+        shipped_results([result.run])
+
+
+def test_what_ships_is_found_by_the_runs_that_made_it():
+    scenarios = [Scenario(dataset="imagenet64", model="resnet18", seed=seed) for seed in range(8)]
+    attack = InvertingGradients.tuned(scenarios[0].condition, iterations=1000)
+    found = shipped_results(Run("IG", scenario, attack) for scenario in scenarios)
+    assert len(found) == 8 and set(found.frame()["code"]) == {"an earlier version"}
 
 
 def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restores_the_threads(
@@ -673,200 +667,6 @@ def test_an_epoch_that_does_not_ship_is_an_error_that_says_which_do(trained_lene
         ModelError, match=r"no 'lenet' trained for 4 epochs on 'cifar10' .*\[3, 5\]"
     ):
         Scenario(model="lenet", epochs=4).client_model()
-
-
-# Sweeps ------------------------------------------------------------------------
-
-
-def test_a_sweep_gives_the_runs_order_and_the_same_bits_as_single_runs(tmp_path, scheduler, prior):
-    attacks = {
-        "short": SHORT,
-        "GI-PIP": GIPIP(prior=prior, iterations=2),
-        "long": InvertingGradients(iterations=5),
-    }
-    runs = [
-        Run(arm, Scenario(model=model), attack)
-        for model in ("lenet", "convnet")
-        for arm, attack in attacks.items()
-    ]
-    results = sweep(runs, store=tmp_path, scheduler=scheduler)
-    assert [result.run for result in results] == runs
-    assert all(same(result, execute(run)) for result, run in zip(results, runs, strict=True))
-
-
-def test_a_sweep_uses_the_given_scheduler_and_computes_duplicates_once(
-    store, scheduler, monkeypatch
-):
-    monkeypatch.setattr(distributed, "LocalCluster", None)
-    run, other = (
-        Run("one name", LENET, SHORT),
-        Run("another", Scenario(model="lenet", seed=1), SHORT),
-    )
-    results = sweep(
-        [run, other, dataclasses.replace(run, arm="the same"), run],
-        store=store,
-        scheduler=scheduler,
-    )
-    assert [result.run.arm for result in results] == ["one name", "another", "the same", "one name"]
-    assert len(result_files(store)) == 2 and torch.equal(results[0].images, results[2].images)
-
-
-def test_a_finished_sweep_is_only_loaded(store, no_cluster):
-    runs = [Run("IG", Scenario(model="lenet", seed=seed), SHORT) for seed in range(3)]
-    for run in runs:
-        execute(run, store)
-    before = modified(result_files(store))
-    assert [result.run for result in sweep(runs, store=str(store.folder))] == runs
-    assert modified(result_files(store)) == before
-
-
-def test_a_sweep_of_nothing_gives_no_results(store, no_cluster):
-    assert len(sweep([], store=store)) == 0
-
-
-def test_a_failing_run_does_not_stop_the_others_and_is_listed_with_its_error(store, scheduler):
-    runs = [
-        Run("unlucky", LENET, FailsForSeed(failing=1, seed=seed, iterations=2)) for seed in range(3)
-    ]
-    too_deep = AnomalyScore(Autoencoder(width=1, depth=6))  # halves 32 pixels six times
-    runs.append(Run("too deep", LENET, GIPIP(prior=too_deep, iterations=1)))
-    with pytest.raises(
-        SweepError, match="2 of 4 runs failed; the other results are stored in"
-    ) as error:
-        sweep(runs, store=store, scheduler=scheduler)
-    assert "- unlucky on dataset='cifar10'" in str(
-        error.value
-    ) and "ArithmeticError('no luck with seed 1')" in str(error.value)
-    assert "- too deep on" in str(error.value) and "Kernel size" in str(error.value)
-    assert result_files(store) == sorted(store.path(runs[index]) for index in (0, 2))
-
-
-@pytest.mark.parametrize(
-    ("impossible", "error"),
-    [
-        ({"model": "nope"}, ModelError),
-        ({"dataset": "nope"}, DataError),
-        ({"model": "lenet", "epochs": 41}, ModelError),
-        ({"batch_size": 11}, BatchSizeError),  # eleven images of ten different classes
-        ({"batch_size": 3, "classes": (0, 1)}, BatchSizeError),
-        ({"classes": (10,)}, DataError),
-    ],
-)
-def test_an_impossible_scenario_is_refused_before_anything_is_computed(
-    store, no_cluster, impossible, error
-):
-    with pytest.raises(error):
-        sweep([Run("IG", LENET, SHORT), Run("IG", Scenario(**impossible), SHORT)], store=store)
-
-
-def test_the_run_of_a_killed_worker_is_done_again_by_another(store, scheduler, tmp_path):
-    marker = tmp_path / "killed once"
-    runs = [Run("dies", LENET, DiesOnce(iterations=3, marker=str(marker))), *twelve_runs()[:2]]
-    results = sweep(runs, store=store, scheduler=scheduler)
-    assert marker.exists() and len(results) == 3
-    assert torch.equal(results[0].images, execute(Run("IG", LENET, SHORT)).images)
-
-
-def test_a_run_whose_worker_dies_after_it_has_finished_is_no_failure(store, monkeypatch):
-    client = MagicMock(spec=distributed.Client)
-    client.submit.return_value.status = "lost"
-    monkeypatch.setattr(
-        experiments, "as_finished", lambda client, futures, resources: list(futures)
-    )
-    assert experiments._execute_all(client, [Run("IG", LENET, SHORT)], store, {}) == []
-
-
-def test_workers_on_an_overloaded_machine_are_not_given_up_after_half_a_minute(scheduler):
-    with distributed.Client(scheduler, set_as_default=False) as client:
-        told = client.run(dask.config.get, "distributed.comm.timeouts.tcp")
-    assert dask.config.get("distributed.deploy.lost-worker-timeout") == "10 minutes" and set(
-        told.values()
-    ) == {"10 minutes"}
-
-
-def test_workers_that_store_elsewhere_are_noticed(store, monkeypatch):
-    monkeypatch.setattr(ResultStore, "save", lambda store, result: None)
-    with (
-        distributed.LocalCluster(
-            1, threads_per_worker=1, processes=False, dashboard_address=":0"
-        ) as cluster,
-        pytest.raises(StoreError, match="1 results are not in .*The workers must see this folder"),
-    ):
-        sweep([Run("IG", LENET, SHORT)], store=store, scheduler=cluster.scheduler_address)
-
-
-def test_threads_of_one_worker_do_not_disturb_each_other(store):
-    scenarios = [
-        Scenario(model=model, model_seed=seed) for model in ("lenet", "convnet") for seed in (1, 2)
-    ]
-    runs = [Run("IG", scenario, InvertingGradients(iterations=1)) for scenario in scenarios]
-    with distributed.LocalCluster(
-        1, threads_per_worker=4, processes=False, dashboard_address=":0"
-    ) as cluster:
-        results = sweep(runs, store=store, scheduler=cluster.scheduler_address)
-    assert all(same(result, execute(result.run)) for result in results)
-
-
-# Sweeps that die ---------------------------------------------------------------
-
-
-def start_sweep_process(store):
-    code = "import sys, gipip, test_experiments as t; gipip.sweep(t.twelve_runs(), store=sys.argv[1], workers=2)"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        )
-    }
-    command = [sys.executable, "-c", code, str(store.folder)]
-    heed_ctrl_c = functools.partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # which background jobs may not
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=heed_ctrl_c
-    )
-
-
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def kill_process(process):
-    process.kill()
-
-
-def press_ctrl_c(process):
-    os.killpg(process.pid, signal.SIGINT)  # a terminal or Jupyter sends it to the workers too
-
-
-def test_a_killed_sweep_leaves_whole_results_and_no_process_and_goes_on_where_it_was(
-    store, scheduler
-):
-    for end, results in [(kill_process, 3), (press_ctrl_c, 7)]:
-        before = modified(result_files(store))
-        process = start_sweep_process(store)
-        wait_until(
-            lambda process=process, results=results: (
-                process.poll() is not None or len(result_files(store)) >= results
-            )
-        )
-        family = psutil.Process(process.pid).children(recursive=True)
-        end(process)
-        assert process.wait(timeout=30) != 0 and len(family) >= 2
-        assert not psutil.wait_procs(family, timeout=15)[1], "workers outlive their sweep"
-        assert len(result_files(store)) >= results
-        assert before.items() <= modified(result_files(store)).items()
-        for path in result_files(store):
-            read_tensors(path)
-    before = modified(result_files(store))
-    results = sweep(twelve_runs(), store=store, scheduler=scheduler)
-    assert (
-        len(results) == len(result_files(store)) == 12
-        and before.items() <= modified(result_files(store)).items()
-    )
-    assert not list(store.folder.glob("*.damaged-*"))
 
 
 # Results -----------------------------------------------------------------------
@@ -925,7 +725,7 @@ def test_the_frame_has_a_row_an_image_with_arm_scenario_and_assumptions(results)
     assert expected.items() <= frame.iloc[-1].to_dict().items()
 
 
-def test_the_frame_has_a_column_for_every_field_of_the_scenario_or_the_assumption_that_tells_of_it():
+def test_the_frame_has_a_column_for_every_field_of_the_scenario_or_its_assumption():
     frame = made_up("IG", [1.0, 2.0], classes=(3, 5), epochs=40, mode="train").frame()
     told = {"statistics": "BatchNorm", "fedavg": "local training", "defenses": "defence"}
     assert {told.get(name, name) for name in Scenario.model_fields} <= set(frame.columns)
@@ -1054,7 +854,7 @@ def test_a_difference_with_an_image_attacked_twice_on_one_side_is_an_error_that_
         for labels in ("given", "withheld")
     )
     with pytest.raises(
-        DataError, match="several results for one image: name a scenario's field too"
+        DataError, match="several results for one image. Name a scenario's field too"
     ):
         results.difference({"mode": "eval"}, {"mode": "train", "labels": "given"})
     assert (
@@ -1084,20 +884,6 @@ def test_a_difference_of_other_images_or_weights_is_refused(other):
 def test_a_difference_to_nothing_is_refused(results):
     with pytest.raises(DataError, match="nothing to compare: no results of .*'epochs': 40"):
         results.difference({"arm": "IG"}, {"arm": "IG", "epochs": 40})
-
-
-def test_effects_answer_each_question_for_each_model_and_batch_size_with_a_verdict(results):
-    table = results.effects(
-        {"gain": ("GI-PIP", "IG"), "nothing": ("IG", "IG")}, metrics=["psnr"]
-    ).set_index("comparison")
-    assert list(table.index) == [
-        f"convnet, B = {size}, {question}" for size in (1, 2) for question in ("gain", "nothing")
-    ]
-    assert table.loc["convnet, B = 1, gain", "effect"] == results.effect(
-        "GI-PIP", "IG", batch_size=1
-    )
-    assert table.loc["convnet, B = 2, nothing", "effect"].mean == 0
-    assert set(table["verdict"]) == {"undecided at this scale"}  # three batches at most
 
 
 def test_an_effect_pairs_the_same_client_weights():

@@ -626,7 +626,7 @@ def test_a_finished_federated_training_is_loaded_from_the_store_and_another_is_n
         ({"learning_rate": float("nan")}, UpdateError, "a positive learning_rate"),
         ({"seed": 2**64}, UpdateError, "a seed below 2⁶³"),
         ({"defenses": Clipping(max_norm=1)}, DefenseError, "Expected a list"),
-        ({"images": torch.rand(4, 3, 6, 6)}, DataError, "Expected a batch of gipip.LabeledImages"),
+        ({"images": torch.zeros(4, 3, 6, 6)}, DataError, "Expected a batch of gipip.LabeledImages"),
     ],
     ids=str,
 )

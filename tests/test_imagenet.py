@@ -2,6 +2,10 @@
 the attacker owns, and nothing lost on the way.
 """
 
+import os
+import shutil
+import sys
+
 import numpy
 import pytest
 import torch
@@ -160,10 +164,31 @@ def test_too_few_photographs_are_an_error(tmp_path):
         prepare_imagenet(folder(tmp_path / "private", range(3)))
 
 
-def test_a_folder_of_both_private_and_auxiliary_photographs_is_refused(tmp_path):
+def test_where_the_attacker_owns_all_photographs_none_is_private(tmp_path):
     private = folder(tmp_path / "private", range(20))
-    with pytest.raises(DataError, match="overlap"):
-        prepare_imagenet(private, private / "n00")
+    with pytest.raises(DataError, match="holds 0 usable photographs"):
+        prepare_imagenet(private, shutil.copytree(private, tmp_path / "auxiliary"))
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5])
+def test_a_limit_that_is_no_number_of_photographs_is_refused(tmp_path, limit, unchecked):
+    with pytest.raises(DataError, match="limit=.*expected a whole number from 1"):
+        prepare_imagenet(folder(tmp_path / "private", range(20)), limit=limit)
+
+
+def test_without_the_package_that_compares_photographs_the_command_that_installs_it_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    with pytest.raises(DataError, match=r'pip install "gipip\[imagenet\]"'):
+        prepare_imagenet(folder(tmp_path / "private", range(20)))
+
+
+def test_photographs_whose_names_are_no_text_are_prepared_too(tmp_path):
+    root = folder(tmp_path / "private", range(20))
+    first = next((root / "n00").iterdir())
+    first.rename(root / "n00" / os.fsdecode(b"caf\xe9.png"))
+    assert prepare_imagenet(root).images == 20
 
 
 def test_a_missing_folder_says_what_layout_is_expected(tmp_path):

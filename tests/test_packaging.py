@@ -1,8 +1,12 @@
 """pyproject.toml is the only source of what gipip needs, and the other files agree with it."""
 
 import ast
+import os
+import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import get_args
 
@@ -17,75 +21,140 @@ from gipip.federation.defenses import AnyDefense
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CORE, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
-DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "distributed": "dask"}
-"""Of modules that are not called like the package that brings them."""
+MODULES = {"pillow": {"PIL"}, "pyyaml": {"yaml"}, "dask": {"dask", "distributed"}}
+"""Of packages whose modules are not called like them."""
+NEEDS = {  # the files that need an extra
+    "figures.py": "notebooks",
+    "explorer.py": "notebooks",
+    "reproduce.py": "notebooks",
+    "experiments/arms.py": "notebooks",
+    "federation/defenses.py": "dp",
+    "data/photographs.py": "imagenet",
+}
 
 
 @pytest.mark.parametrize(
     "version", ["3.10.19", "3.11.0", "3.11.9", "3.12.4", "3.13.7", "3.14.0", "3.15.1", "4.0.0"]
 )
 def test_conda_and_pip_accept_the_same_pythons(version):
-    python = MatchSpec(
-        next(entry for entry in CONDA["dependencies"] if str(entry).startswith("python "))
-    )
-    assert VersionSpec(python.version).matches(Version(version)) == (
-        version in SpecifierSet(PROJECT["requires-python"])
-    )
+    [text] = [entry for entry in CONDA["dependencies"] if str(entry).startswith("python ")]
+    by_conda = VersionSpec(MatchSpec(text).version).matches(Version(version))
+    assert by_conda == (version in SpecifierSet(PROJECT["requires-python"]))
 
 
 def test_conda_leaves_every_other_requirement_to_pyproject():
+    entries = CONDA["dependencies"]
     names = [
-        entry if isinstance(entry, dict) else MatchSpec(entry).name.normalized
-        for entry in CONDA["dependencies"]
+        each if isinstance(each, dict) else MatchSpec(each).name.normalized for each in entries
     ]
     assert names == ["python", "pip", {"pip": ["-e .[test]"]}]
-    assert "test" in PROJECT["optional-dependencies"]
 
 
-def test_every_imported_package_is_declared():
-    declared = {Requirement(text).name for text in PROJECT["dependencies"]}
-    imported = {
-        DISTRIBUTION.get(module, module)
-        for path in (ROOT / "gipip").rglob("*.py")
-        for module in _imports(path)
-    }
-    assert imported - declared == set()
+def test_the_environment_of_make_and_conda_holds_every_extra():
+    def included(extra):
+        own = [Requirement(text) for text in EXTRAS[extra] if text.startswith("gipip[")]
+        return {extra}.union(*(included(part) for each in own for part in each.extras))
+
+    assert included("test") == set(EXTRAS)
+    assert "--editable '.[test]'" in (ROOT / "Makefile").read_text()
+
+
+def modules_of(requirements: list[str]) -> set[str]:
+    """The modules of packages that are required."""
+    names = {Requirement(text).name for text in requirements} - {"gipip"}
+    return set().union(*(MODULES.get(name, {name.replace("-", "_")}) for name in names))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gipip").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_file_imports_what_the_core_or_its_extra_installs(path):
+    name = path.relative_to(ROOT / "gipip").as_posix()
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    froms = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    imported = {module.split(".")[0] for module in plain | froms}
+    known = {"gipip", *sys.stdlib_module_names, *modules_of(CORE)}
+    assert imported - known <= modules_of(EXTRAS[NEEDS[name]] if name in NEEDS else [])
 
 
 def test_every_declared_package_has_a_lower_bound():
-    requirements = [
-        Requirement(text)
-        for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
-    ]
-    assert [
-        requirement.name for requirement in requirements if ">=" not in str(requirement.specifier)
-    ] == []
+    texts = CORE + [text for texts in EXTRAS.values() for text in texts]
+    requirements = [Requirement(text) for text in texts if not text.startswith("gipip[")]
+    assert [str(each) for each in requirements if ">=" not in str(each.specifier)] == []
 
 
-def test_everything_exported_is_there_and_what_is_imported_is_exported_in_order():
-    tree = ast.parse((ROOT / "gipip" / "__init__.py").read_text())
-    imported = {
-        alias.asname or alias.name
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert gipip.__all__ == sorted(imported)
+def run(script: str, *options: str, path: Sequence[Path] = (ROOT,)) -> str:
+    """What a script prints in a process of its own that imports from `path`."""
+    done = subprocess.run(
+        [sys.executable, *options, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def distributions(requirements: list[str]) -> dict[str, Distribution]:
+    """What pip installs for them, with all that they need themselves."""
+    found: dict[str, Distribution] = {}
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        each = waiting.pop()
+        wanted = each.marker is None or each.marker.evaluate({"extra": ""})
+        if wanted and each.name not in found:
+            found[each.name] = distribution(each.name)
+            waiting += [Requirement(text) for text in found[each.name].requires or ()]
+    return found
+
+
+@pytest.fixture
+def core(tmp_path):
+    """A folder of links to all that pip installs for the core, and to nothing else."""
+    for each in distributions(CORE).values():
+        for top in {file.parts[0] for file in each.files or ()} - {"..", "__pycache__"}:
+            link = tmp_path / top
+            if not link.exists():
+                link.symlink_to(each.locate_file(top))
+    return tmp_path
+
+
+def test_an_attack_in_a_script_needs_the_core_only(core):
+    script = """
+import importlib.util
+import gipip
+batch = gipip.load_dataset("cifar10").private(batch_size=2)
+model = gipip.build_model("lenet", num_classes=10)
+attack = gipip.GIPIP(prior=gipip.load_prior(), iterations=2)
+print(len(gipip.evaluate(attack(model, gipip.Client(model).share(batch)), batch)))
+print(importlib.util.find_spec("matplotlib"))
+"""
+    assert run(script, "-S", path=[core, ROOT]) == "2\nNone\n"
+
+
+def test_importing_gipip_loads_a_library_only_when_a_name_is_asked_for():
+    loaded = "print(sorted({'torch', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    assert run(f"import sys, gipip; {loaded}") == "[]\n"
+    assert "torch" in run(f"import sys, gipip; gipip.Client; {loaded}")
+
+
+def test_every_name_exported_is_there_and_no_other_one():
     assert all(hasattr(gipip, name) for name in gipip.__all__)
+    assert set(gipip.__all__) <= set(dir(gipip))
+    assert not hasattr(gipip, "invert")
+
+
+def test_type_checkers_see_the_names_that_are_exported():
+    stub = ast.parse((ROOT / "gipip" / "__init__.pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    aliases = [alias for node in imports for alias in node.names]
+    assert sorted(alias.asname or "" for alias in aliases) == gipip.__all__
+    assert (ROOT / "gipip" / "py.typed").exists()
 
 
 def test_every_attack_and_defence_and_what_loads_and_trains_priors_is_exported():
+    attacks = {kind.__name__ for kind in gipip.ATTACKS.values()}
     defences = {kind.__name__ for kind in get_args(get_args(AnyDefense)[0])}
-    assert {*gipip.ATTACKS, *defences, *gipip.priors.__all__} - {"Generator"} <= set(gipip.__all__)
-
-
-def _imports(path: Path) -> set[str]:
-    """Top-level names of the third-party modules that a file imports."""
-    modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            modules.add(node.module.split(".")[0])
-    return modules - set(sys.stdlib_module_names) - {"gipip"}
+    priors = {"load_prior", "load_generator", "train_autoencoder", "train_generator"}
+    assert attacks | defences | priors <= set(gipip.__all__)

@@ -1,21 +1,22 @@
-"""Data sets and their three disjoint pools: auxiliary (all the attacker owns), tuning (weights are
-tuned on it), private (reported).
+"""Data sets and their three disjoint pools: auxiliary (all the attacker owns), tuning
+(weights are tuned on it), private (reported).
 """
 
-import warnings
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from gipip.data.download import cache_folder, read_cifar10
 from gipip.data.drawing import batches, stratified_rows
-from gipip.data.photographs import Photographs, decode, list_folder, read
+from gipip.data.photographs import decode, list_folder, printable, read
 from gipip.errors import BatchSizeError, DataError
 from gipip.files import DATA, fingerprint, read_tensors
 
@@ -28,39 +29,46 @@ CIFAR10_STD = (0.24703223, 0.24348513, 0.26158784)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PAPER_FRACTION = 0.038
-"""The share of the training set that the paper grants the attacker: 1,900 of CIFAR-10's 50,000."""
+"""The share of the training set that the paper grants the attacker: 1,900 of CIFAR-10's
+50,000.
+"""
 
 CIFAR10_SAMPLE = DATA / "cifar10-sample.safetensors"
 IMAGENET64_SAMPLE = DATA / "imagenet64-sample.safetensors"
 _TUNING_IMAGES = 200
-_SEEDS = 2**63
+_POOLS = ("auxiliary_pool", "tuning_pool", "private_pool")
+_Pixels = UInt8[Tensor, "batch 3 height width"] | Float32[Tensor, "batch 3 height width"]
 
 
 @dataclass(frozen=True, eq=False)
 class LabeledImages:
     """Images with their labels: a batch, or a whole pool.
 
-    `pixels`: uint8 in 0…255 (a quarter of the memory), or float32 in [0, 1]. `labels`: class
-    indices. `indices`: each image's place in the set it was drawn from (0, 1, 2, … if not given).
-    Raises `DataError` for anything else.
+    `pixels`: uint8 in 0…255 (a quarter of the memory), or float32 in [0, 1]. `labels`:
+    class indices. `indices`: each image's place in the set it was drawn from (0, 1, 2,
+    … if not given). Raises `DataError` for anything else.
     """
 
-    pixels: UInt8[Tensor, "batch 3 height width"] | Float32[Tensor, "batch 3 height width"]
+    pixels: _Pixels
     labels: Int64[Tensor, "batch"]
     indices: Int64[Tensor, "batch"] = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
-        _check_pixels(self.pixels)
+        if not isinstance(self.pixels, _Pixels):  # type: ignore[arg-type]
+            expected = "Expected uint8 or float32 images, (batch, 3, height, width)"
+            raise DataError(f"{expected}; got {_kind(self.pixels)}.")
+        if self.pixels.is_floating_point() and not ((self.pixels >= 0) & (self.pixels <= 1)).all():
+            raise DataError(
+                "Float images must lie in [0, 1], without NaN. Divide by 255, or clamp."
+            )
+        count = len(self.pixels)
         if self.indices is None:
-            object.__setattr__(self, "indices", torch.arange(len(self.pixels)))
+            object.__setattr__(self, "indices", torch.arange(count))
         for name in ("labels", "indices"):
             given = getattr(self, name)
-            if not isinstance(given, Tensor) or given.dtype != torch.int64:
-                raise DataError(f"Expected {name} as a tensor of int64; got {_kind(given)}.")
-            if given.shape != (len(self.pixels),):
-                raise DataError(
-                    f"{len(self.pixels)} images need as many {name}; got {tuple(given.shape)}."
-                )
+            if not isinstance(given, Int64[Tensor, f"{count}"]):  # type: ignore[arg-type]
+                expected = f"Expected {name} as an int64 tensor, one for each of {count} images"
+                raise DataError(f"{expected}; got {_kind(given)}.")
 
     @property
     def images(self) -> Float32[Tensor, "batch 3 height width"]:
@@ -79,20 +87,10 @@ class LabeledImages:
         return LabeledImages(self.pixels[rows], self.labels[rows], self.indices[rows])
 
     def shuffled(self, salt: str) -> list[int]:
-        """All rows in the order of `salt`; every beginning holds each class in proportion."""
-        return stratified_rows(self.labels, self.indices.tolist(), salt)
-
-
-def _check_pixels(pixels: Any) -> None:
-    kinds = (torch.uint8, torch.float32)
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.dtype not in kinds:
-        raise DataError(
-            f"Expected uint8 or float32 images, (batch, 3, height, width); got {_kind(pixels)}."
-        )
-    if pixels.shape[1] != 3:
-        raise DataError(f"Expected images of 3 channels; got {tuple(pixels.shape)}.")
-    if pixels.dtype == torch.float32 and not bool(((pixels >= 0) & (pixels <= 1)).all()):
-        raise DataError("Float images must lie in [0, 1], without NaN. Divide by 255, or clamp.")
+        """All rows in the order of `salt`; every beginning holds each class in
+        proportion.
+        """
+        return stratified_rows(self.labels.tolist(), self.indices.tolist(), salt)
 
 
 def _kind(value: Any) -> str:
@@ -105,9 +103,9 @@ def _kind(value: Any) -> str:
 class Dataset:
     """Three disjoint pools of one data set, and the constants that belong to it.
 
-    `mean`, `std`: per-channel normalisation constants of images in [0, 1]. `training_images`: size
-    of the whole set that an auxiliary fraction refers to; the auxiliary pool may hold fewer.
-    `default_fraction`: of `auxiliary()`.
+    `mean`, `std`: per-channel normalisation constants of images in [0, 1].
+    `training_images`: size of the whole set that an auxiliary fraction refers to; the
+    auxiliary pool may hold fewer. `default_fraction`: of `auxiliary()`.
     """
 
     name: str
@@ -132,8 +130,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all three pools."""
-        pools = (self.auxiliary_pool, self.tuning_pool, self.private_pool)
-        return fingerprint({}, " ".join(pool.fingerprint for pool in pools))
+        return fingerprint({}, " ".join(getattr(self, name).fingerprint for name in _POOLS))
 
     def restricted(self, classes: Sequence[int]) -> "Dataset":
         """With images of these classes only; labels keep their numbers.
@@ -142,7 +139,7 @@ class Dataset:
         """
         wanted = torch.tensor(sorted(set(classes)))
         pools = {}
-        for name in ("auxiliary_pool", "tuning_pool", "private_pool"):
+        for name in _POOLS:
             pool = getattr(self, name)
             pools[name] = pool[torch.isin(pool.labels, wanted)]
             if not len(pools[name]):
@@ -151,12 +148,12 @@ class Dataset:
         return replace(self, **pools, training_images=round(share * self.training_images))
 
     def auxiliary(self, fraction: float | None = None, seed: int = 0) -> LabeledImages:
-        """All that the attacker owns: `fraction` in (0, 1] of the whole training set, each class in
-        proportion.
+        """All that the attacker owns: `fraction` in (0, 1] of the whole training set,
+        each class in proportion.
 
-        The default is 0.038 for CIFAR-10, as in the paper, and everything for a folder. For one
-        seed a smaller fraction is the beginning of a larger one. Raises `DataError` if the fraction
-        is out of range or the pool holds fewer images.
+        The default is 0.038 for CIFAR-10, as in the paper, and everything for a folder.
+        For one seed a smaller fraction is the beginning of a larger one. Raises
+        `DataError` if the fraction is out of range or the pool holds fewer images.
         """
         pool, whole = self.auxiliary_pool, self.training_images
         if not len(pool):
@@ -174,7 +171,7 @@ class Dataset:
                 f"{self.name} holds {len(pool):,}. Run `gipip data {self.name}` once and use "
                 f"load_dataset({self.name!r}, full=True)."
             )
-        _check_seed(seed)
+        require_whole("seed", seed)
         return pool[pool.shuffled(f"auxiliary:{seed}")[:wanted]]
 
     def private(
@@ -182,16 +179,18 @@ class Dataset:
     ) -> LabeledImages:
         """The batch a client holds: ground truth, for the client and the metrics only.
 
-        Seeds 0, 1, 2, … give disjoint batches until the pool is used up; then a reshuffled pass
-        begins. With `distinct_labels` no class occurs twice in a batch. Raises `BatchSizeError` if
-        no such batch exists.
+        Seeds 0, 1, 2, … give disjoint batches until the pool is used up; then a
+        reshuffled pass begins. With `distinct_labels` no class occurs twice in a batch.
+        Raises `BatchSizeError` if no such batch exists.
         """
         return _batch(self.private_pool, batch_size, seed, distinct_labels, "private")
 
     def tuning(
         self, batch_size: int = 1, seed: int = 0, distinct_labels: bool = True
     ) -> LabeledImages:
-        """As `private`, from the images on which an attack's weights are tuned: never reported."""
+        """As `private`, from the images on which an attack's weights are tuned: never
+        reported.
+        """
         return _batch(self.tuning_pool, batch_size, seed, distinct_labels, "tuning")
 
 
@@ -199,30 +198,26 @@ def _batch(
     pool: LabeledImages, size: int, seed: int, distinct_labels: bool, purpose: str
 ) -> LabeledImages:
     possible = len(pool.labels.unique()) if distinct_labels else len(pool)
-    if not isinstance(size, int) or not 1 <= size <= possible:
+    if not isinstance(size, int | numpy.integer) or not 1 <= size <= possible:
         more = f"; with distinct_labels=False up to {len(pool):,}" if distinct_labels else ""
         raise BatchSizeError(
             f"Asked for {size} {purpose} images. Ask for 1 to {possible:,}, a whole number{more}."
         )
-    _check_seed(seed)
-    names = pool.indices.tolist()
-    found = batches(pool.labels, names, size, distinct_labels, f"{purpose}:0")
-    if seed >= len(found):
-        salt = f"{purpose}:{seed // len(found)}"
-        found = batches(pool.labels, names, size, distinct_labels, salt)
-    return pool[found[seed % len(found)]]
+    require_whole("seed", seed)
+
+    def one_pass(number: int) -> list[list[int]]:
+        labels, names = pool.labels.tolist(), pool.indices.tolist()
+        return batches(labels, names, size, distinct_labels, f"{purpose}:{number}")
+
+    first = one_pass(0)
+    number, place = divmod(seed, len(first))
+    return pool[first[place]] if number == 0 else pool[one_pass(number)[place]]
 
 
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
-        raise DataError(f"seed={seed!r} is none: seeds are whole numbers from 0 to 2⁶³ − 1.")
-
-
-_OPTIONS = {  # of load_dataset, by the kind of data set; and what to do instead
-    "cifar10": ({"full"}, "For your own images: load_dataset('folder', root=…)."),
-    "imagenet64": (set(), "For your own photographs: gipip.prepare_imagenet(folder)."),
-    "folder": ({"root", "auxiliary_root", "size"}, "Give the folder: root=…."),
-}
+def require_whole(name: str, value: Any, least: int = 0) -> None:
+    """Raise DataError unless `value` is a whole number from `least` to 2⁶³ − 1."""
+    if not isinstance(value, int | numpy.integer) or not least <= value < 2**63:
+        raise DataError(f"{name}={value!r}: expected a whole number from {least} to 2⁶³ − 1.")
 
 
 def load_dataset(
@@ -235,62 +230,69 @@ def load_dataset(
 ) -> Dataset:
     """A data set by name.
 
-    "cifar10": the embedded sample, offline (1,900 auxiliary, 200 tuning, 256 private images of 32 ×
-    32); with `full=True` all 60,000, after `gipip data cifar10`. "imagenet64": 20 embedded ImageNet
-    photographs at 64 × 64 (4 tuning, 16 private; 1,000 classes, no auxiliary images);
-    "imagenet64-…": yours, under the name that `gipip.prepare_imagenet` gave. "folder": any folder
-    in the layout root/class/image, at size × size pixels (64 if not given): the shorter side is
-    scaled to 9/8 of it, then the centre is cropped. A tenth of its images is for tuning, half is
-    auxiliary, the rest private; with `auxiliary_root`, that folder is auxiliary, and root is split
-    into tuning and private. Raises `DataError` for an unknown name, unsuitable options or missing
-    images.
+    "cifar10": the embedded sample, offline (1,900 auxiliary, 200 tuning, 256 private
+    images of 32 × 32); with `full=True` all 60,000, after `gipip data cifar10`.
+    "imagenet64": 20 embedded ImageNet photographs at 64 × 64 (4 tuning, 16 private;
+    1,000 classes, no auxiliary images); "imagenet64-…": yours, under the name that
+    `gipip.prepare_imagenet` gave. "folder": any folder in the layout root/class/image,
+    at size × size pixels (64 if not given): the shorter side is scaled to 9/8 of it,
+    then the centre is cropped. A tenth of its images is for tuning, half is auxiliary,
+    the rest private; with `auxiliary_root`, that folder is auxiliary, and root is split
+    into tuning and private. Copies of an image, and hidden files, are left out. Raises
+    `DataError` for an unknown name, unsuitable options or missing images.
     """
     kind = "imagenet64" if name.startswith("imagenet64-") else name
-    if kind not in _OPTIONS:
-        raise DataError(f"Unknown data set {name!r}. Known: {', '.join(_OPTIONS)}.")
-    options = {"root": root, "auxiliary_root": auxiliary_root, "size": size, "full": full}
-    given = {option for option, value in options.items() if value not in (None, False)}
-    known, advice = _OPTIONS[kind]
-    if size == {"cifar10": 32, "imagenet64": 64}.get(kind):
-        given.discard("size")
-    if given - known or (kind == "folder" and root is None):
-        wrong = ", ".join(sorted(given - known)) or "no root"
-        raise DataError(
-            f"{name} takes {', '.join(sorted(known)) or 'no option'}, not {wrong}. {advice}"
-        )
-    if kind == "cifar10":
-        return _cifar10(*(_cifar10_full() if full else _pools(CIFAR10_SAMPLE)))
-    if kind == "imagenet64":
-        return _imagenet64(name)
-    return _folder(Path(root), Path(auxiliary_root) if auxiliary_root else None, size or 64)  # type: ignore[arg-type]
+    if kind not in _LOADERS:
+        raise DataError(f"Unknown data set {name!r}. Known: {', '.join(_LOADERS)}.")
+    options = {"root": root, "auxiliary_root": auxiliary_root, "size": size, "full": full or None}
+    given = {option: value for option, value in options.items() if value is not None}
+    try:
+        inspect.signature(_LOADERS[kind]).bind(name, **given)
+    except TypeError as error:
+        own = "For your own images: load_dataset('folder', root=…, size=…)."
+        raise DataError(f"load_dataset({name!r}, …) {error}. {own}") from error
+    return _LOADERS[kind](name, **given)
 
 
 def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
-    """Pictures of your own as one client's batch, labelled 0, 1, 2, …: cropped to squares and
-    scaled to size × size pixels.
+    """Pictures of your own as one client's batch, labelled 0, 1, 2, …: cropped to
+    squares and scaled to size × size pixels.
 
     Raises `DataError` for a file that is missing or not an image, and for none.
     """
     if not paths:
         raise DataError("There are no pictures: give the path of at least one.")
+    require_whole("size", size, least=1)
     pixels = torch.stack([decode(Path(path), size, size) for path in paths])
     return LabeledImages(pixels, torch.arange(len(pixels)))
 
 
+def named_tensors(**pools: LabeledImages) -> dict[str, Tensor]:
+    """What a file of these pools holds: tensors POOL_images, POOL_labels and
+    POOL_indices.
+    """
+    tensors = {}
+    for name, pool in pools.items():
+        tensors[f"{name}_images"] = pool.pixels
+        tensors[f"{name}_labels"] = pool.labels
+        tensors[f"{name}_indices"] = pool.indices
+    return tensors
+
+
 def _pools(path: Path, *names: str) -> list[LabeledImages]:
-    """The pools of a file of ours: auxiliary, tuning and private, unless others are named."""
+    """These pools, in a file of `named_tensors`."""
     tensors, _ = read_tensors(path)
     parts = ("images", "labels", "indices")
-    pools = []
-    for pool in names or ("auxiliary", "tuning", "private"):
-        pools.append(LabeledImages(*(tensors[f"{pool}_{part}"] for part in parts)))
-    return pools
+    return [LabeledImages(*(tensors[f"{name}_{part}"] for part in parts)) for name in names]
 
 
-def _cifar10(auxiliary: LabeledImages, tuning: LabeledImages, private: LabeledImages) -> Dataset:
+def _cifar10(name: str, size: int = 32, full: bool = False) -> Dataset:
+    _require_size(name, size, 32)
+    names = ("auxiliary", "tuning", "private")
+    auxiliary, tuning, private = _cifar10_full() if full else _pools(CIFAR10_SAMPLE, *names)
     pools = (auxiliary, tuning, private)
     constants = (CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD)
-    return Dataset("cifar10", *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
+    return Dataset(name, *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
 
 
 def _cifar10_full() -> list[LabeledImages]:
@@ -301,67 +303,54 @@ def _cifar10_full() -> list[LabeledImages]:
     return [auxiliary, test[rows[:_TUNING_IMAGES]], test[sorted(rows[_TUNING_IMAGES:])]]
 
 
-def _imagenet64(name: str) -> Dataset:
+def _imagenet64(name: str, size: int = 64) -> Dataset:
     from torchvision.models import ResNet18_Weights  # takes a second to import
 
+    _require_size(name, size, 64)
     embedded = name == "imagenet64"
     path = IMAGENET64_SAMPLE if embedded else cache_folder() / f"{name}.safetensors"
     if not path.exists():
-        advice = (
-            "Make it with `gipip data imagenet64 --private …`, or use the sample: 'imagenet64'."
-        )
+        advice = "Make it with `gipip data imagenet64 --private …`, or use 'imagenet64', a sample."
         raise DataError(f"{path} is missing. {advice}")
     tuning, private = _pools(path, "tuning", "private")
     classes = tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     return Dataset(name, classes, IMAGENET_MEAN, IMAGENET_STD, private[[]], tuning, private, 0)
 
 
-def _folder(root: Path, auxiliary_root: Path | None, size: int) -> Dataset:
-    """The folder root/class/image; the class index is the rank of the sub-folder's name."""
-    if not isinstance(size, int) or size < 1:
-        raise DataError(f"size={size!r} is no number of pixels. Give a whole one, such as 64.")
-    photographs, pool = _read_folder(root, size)
-    rows = stratified_rows(pool.labels, photographs.names, "split:0")
+def _require_size(name: str, size: int, own: int) -> None:
+    if size != own:
+        raise DataError(f"{name} has images of {own} × {own} pixels; size={size!r} is no option.")
+
+
+def _folder(
+    name: str, root: Path | str, auxiliary_root: Path | str | None = None, size: int = 64
+) -> Dataset:
+    """The folder root/class/image; the class index is the rank of the sub-folder's
+    name.
+
+    No image is in two pools, not even as a copy: what was `seen` in root is not
+    auxiliary.
+    """
+    require_whole("size", size, least=1)
+    root = Path(root)
+    seen: dict[bytes, Path] = {}
+    photographs, pixels = read(list_folder(root), size, seen)
+    pool = LabeledImages(pixels, torch.tensor(photographs.labels))
+    rows = photographs.shuffled("split:0")
     first = round(0.1 * len(rows))
     second = first if auxiliary_root else first + round(0.5 * len(rows))
-    parts = rows[:first], rows[first:second], rows[second:]
-    tuning, auxiliary, private = (pool[sorted(part)] for part in parts)
+    parts = (rows[first:second], rows[:first], rows[second:])
+    auxiliary, tuning, private = (pool[sorted(part)] for part in parts)
     if auxiliary_root:
-        require_apart(root, auxiliary_root)
-        _, auxiliary = _read_folder(auxiliary_root, size, known=pool)
+        others, pixels = read(list_folder(Path(auxiliary_root)), size, seen)
+        auxiliary = LabeledImages(pixels, torch.tensor(others.labels))
     constants = (photographs.classes, IMAGENET_MEAN, IMAGENET_STD)
     pools = (auxiliary, tuning, private)
-    return Dataset(root.resolve().name, *constants, *pools, len(auxiliary))
+    return Dataset(printable(root.resolve().name), *constants, *pools, len(auxiliary))
 
 
-def _read_folder(
-    root: Path, size: int, known: LabeledImages | None = None
-) -> tuple[Photographs, LabeledImages]:
-    """The photographs, each once: its copy, or a `known` one, could be private elsewhere."""
-    photographs, pixels = read(list_folder(root), size)
-    seen = {_content(image) for image in known.pixels} if known else set()
-    rows = []
-    for row, image in enumerate(pixels):
-        content = _content(image)
-        if content not in seen:
-            rows.append(row)
-            seen.add(content)
-    if len(rows) < len(pixels):
-        copies = f"{len(pixels) - len(rows)} of {len(pixels)} photographs in {root}"
-        warnings.warn(f"Left out {copies}: they are copies of others.", stacklevel=2)
-        photographs, pixels = photographs[rows], pixels[rows]
-    return photographs, LabeledImages(pixels, torch.tensor(photographs.labels))
-
-
-def _content(image: Tensor) -> bytes:
-    return image.numpy().tobytes()
-
-
-def require_apart(root: Path, auxiliary_root: Path) -> None:
-    """Raise DataError if one of the folders lies in the other."""
-    private, auxiliary = root.resolve(), auxiliary_root.resolve()
-    if private.is_relative_to(auxiliary) or auxiliary.is_relative_to(private):
-        raise DataError(
-            f"{root} and {auxiliary_root} overlap: the attacker would own private images. "
-            "Give two folders, or only `root`."
-        )
+_LOADERS: dict[str, Callable[..., Dataset]] = {
+    "cifar10": _cifar10,
+    "imagenet64": _imagenet64,
+    "folder": _folder,
+}

@@ -11,9 +11,8 @@ import numpy
 import torch
 from jaxtyping import UInt64
 
-from gipip.data.datasets import IMAGENET64_SAMPLE, require_apart
+from gipip.data.datasets import IMAGENET64_SAMPLE, LabeledImages, named_tensors, require_whole
 from gipip.data.download import cache_folder
-from gipip.data.drawing import stratified_rows
 from gipip.data.photographs import Photographs, list_folder, near, perceptual_hashes, read
 from gipip.errors import DataError
 from gipip.files import DATA, read_tensors, write_tensors
@@ -60,17 +59,16 @@ def prepare_imagenet(
     photographs are taken, each class in proportion, a tenth of them for tuning: the
     shorter side is scaled to 72 pixels, then the central 64 × 64 are kept. What shows
     the same photograph as one of `auxiliary` or of the shipped priors' images is left
-    out (perceptual hashes, see `gipip.photographs`).
+    out (perceptual hashes, see `gipip.data.photographs`).
 
     A folder that is not given is looked for in $GIPIP_DATA, as `private` or
-    `auxiliary`. Without private photographs this gives the 20 that ship. Raises DataError
-    for folders that cannot be used.
+    `auxiliary`. Without private photographs this gives the 20 that ship. Raises
+    DataError for folders that cannot be used.
     """
+    require_whole("limit", limit, least=1)
     private, auxiliary = _folder(private, "private"), _folder(auxiliary, "auxiliary")
     if private is None:
         return _described(IMAGENET64_SAMPLE)
-    if auxiliary:
-        require_apart(private, auxiliary)
     photographs, known = list_folder(private), list_folder(auxiliary) if auxiliary else None
     path = cache_folder() / f"imagenet64-{_identity(photographs, known, limit)}.safetensors"
     if not path.exists():
@@ -103,29 +101,23 @@ def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit
             f"{private.root} has {len(private.classes):,} class folders; the client's network "
             f"knows {CLASSES:,}. Give fewer."
         )
-    chosen = private[stratified_rows(torch.tensor(private.labels), private.names, "limit")[:limit]]
-    chosen, pixels = read(chosen, SIZE)
+    chosen, pixels = read(private[private.shuffled("limit")[:limit]], SIZE)
     owned = numpy.unique(shipped_hashes())
     if auxiliary:
         owned = numpy.union1d(owned, perceptual_hashes(auxiliary))
     new = (~near(perceptual_hashes(chosen), owned)).nonzero()[0].tolist()
-    labels = torch.tensor(chosen.labels)
-    rows = [new[row] for row in stratified_rows(labels[new], chosen[new].names, "split:0")]
+    rows = [new[row] for row in chosen[new].shuffled("split:0")]
     tuning = round(_TUNING_FRACTION * len(rows))
     if not 0 < tuning < len(rows):
         raise DataError(
             f"{private.root} holds {len(rows)} usable photographs: too few for a tuning and a "
             "private part. Give at least 10."
         )
-    tensors = {}
-    for pool, part in {"tuning": rows[:tuning], "private": rows[tuning:]}.items():
-        indices = torch.tensor(sorted(part))
-        tensors[f"{pool}_images"] = pixels[indices]
-        tensors[f"{pool}_labels"] = labels[indices]
-        tensors[f"{pool}_indices"] = indices
+    pool = LabeledImages(pixels, torch.tensor(chosen.labels))
+    parts = {"tuning": pool[sorted(rows[:tuning])], "private": pool[sorted(rows[tuning:])]}
     excluded = len(chosen.paths) - len(rows)
     about = {"images": len(rows), "excluded": excluded, "compared": len(owned)}
-    write_tensors(path, tensors, about)
+    write_tensors(path, named_tensors(**parts), about)
 
 
 def _described(path: Path) -> Prepared:

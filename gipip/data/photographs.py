@@ -1,7 +1,11 @@
-"""Photographs on disk: folders root/class/image, their pixels, and which show the same one."""
+"""Photographs on disk: folders root/class/image, their pixels, and which show the same
+one.
+"""
 
+import hashlib
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,20 +15,23 @@ from jaxtyping import Bool, UInt8, UInt64
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from gipip.data.drawing import stratified_rows
 from gipip.errors import DataError
 from gipip.progress import progress
 
 NEAR = 8
 """Perceptual hashes of one photograph differ in at most so many of their 64 bits.
 
-All ImageNet photographs that were that near to another of the attacker's showed the same one to the
-eye; of the next nearest, 10 bits away, none did.
+All ImageNet photographs that were that near to another of the attacker's showed the
+same one to the eye; of the next nearest, 10 bits away, none did.
 """
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """The files root/class/image, in order: class names, and each file's path and class."""
+    """The files root/class/image, in order: class names, and each file's path and
+    class.
+    """
 
     root: Path
     classes: tuple[str, ...]
@@ -40,57 +47,82 @@ class Photographs:
         """Paths below root."""
         return [path.relative_to(self.root).as_posix() for path in self.paths]
 
+    def shuffled(self, salt: str) -> list[int]:
+        """All rows in the order of `salt`; every beginning holds each class in
+        proportion.
+        """
+        return stratified_rows(self.labels, self.names, salt)
+
 
 def list_folder(root: Path) -> Photographs:
-    """All files of the sub-folders of `root` but hidden ones. DataError when there are none."""
+    """All files of the sub-folders of `root` but hidden ones. DataError when there are
+    none.
+    """
+    layout = f"Expected images in the layout {root}/class/image."
     if not root.is_dir():
-        raise DataError(
-            f"{root} is not a folder. Expected images in the layout {root}/class/image."
-        )
+        raise DataError(f"{root} is not a folder. {layout}")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     found: list[tuple[Path, int]] = []
     for label, folder in enumerate(folders):
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         found += [(path, label) for path in paths if not _hidden(path.relative_to(folder))]
     if not found:
-        raise DataError(f"{root} holds no images. Expected the layout {root}/class/image.")
+        raise DataError(f"{root} holds no images. {layout}")
     paths, labels = zip(*found, strict=True)
-    return Photographs(root, tuple(folder.name for folder in folders), paths, labels)
+    return Photographs(root, tuple(printable(folder.name) for folder in folders), paths, labels)
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def read(
-    photographs: Photographs, size: int
-) -> tuple[Photographs, UInt8[Tensor, "images 3 size size"]]:
-    """The readable ones and their pixels.
+def printable(path: Path | str) -> str:
+    """A path as text; bytes in it that are no text, as in a Latin-1 name, become
+    escapes.
+    """
+    return os.fsencode(path).decode(errors="backslashreplace")
 
-    Files that cannot be read are named in one warning. Raises DataError when none can.
+
+def read(
+    photographs: Photographs, size: int, seen: dict[bytes, Path] | None = None
+) -> tuple[Photographs, UInt8[Tensor, "images 3 size size"]]:
+    """The readable ones and their pixels; with `seen`, none that shows what is in there
+    already.
+
+    `seen` is filled with what was read, so that it keeps several folders apart. What is
+    left out, one warning says. Raises DataError when nothing is left.
     """
     paths = photographs.paths
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    readable, problems = [], []
-    for row, path in enumerate(_shown(paths, f"Reading {photographs.root.name}")):
+    rows, problems = [], []
+    for row, path in enumerate(_shown(photographs, "Reading")):
         try:
             pixels[row] = decode(path, size, round(size * 72 / 64))
-            readable.append(row)
+            if seen is not None:
+                _require_new(path, pixels[row], seen)
+            rows.append(row)
         except DataError as error:
             problems.append(str(error))
+    root = printable(photographs.root)
     if problems:
-        some = f"Skipped {len(problems)} of {len(paths)} files in {photographs.root}"
-        warnings.warn(f"{some}: {' '.join(problems)}", stacklevel=2)
-    if not readable:
-        raise DataError(f"None of the files in {photographs.root} is a readable image.")
-    return photographs[readable], pixels[readable]
+        skipped = f"Skipped {len(problems)} of {len(paths)} files in {root}. The first of them:"
+        warnings.warn(" ".join([skipped, *problems[:10]]), stacklevel=2)
+    if not rows:
+        raise DataError(f"None of the files in {root} is a readable image that is no copy.")
+    return photographs[rows], pixels[rows]
+
+
+def _require_new(path: Path, image: Tensor, seen: dict[bytes, Path]) -> None:
+    first = seen.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), path)
+    if first is not path:
+        raise DataError(f"{printable(path)} is a copy of {printable(first)}.")
 
 
 def decode(path: Path, size: int, shorter_side: int) -> UInt8[Tensor, "3 size size"]:
     """Upright RGB: scaled to `shorter_side` pixels, then centre-cropped.
 
-    An image of size × size already is taken as it is. Raises DataError for what is no picture of 8
-    or 16 bits.
+    An image of size × size already is taken as it is. Raises DataError for what is no
+    picture of 8 or 16 bits.
     """
     from torchvision.transforms import functional  # takes a second to import
 
@@ -104,22 +136,20 @@ def perceptual_hashes(photographs: Photographs) -> UInt64[numpy.ndarray, "images
     """pHash of each photograph's central square: 64 bits that hardly change with scale,
     compression and colour; see `NEAR`. Raises DataError without the package imagehash.
     """
-    paths = _shown(photographs.paths, f"Comparing {photographs.root.name}")
-    return numpy.array([_perceptual_hash(path) for path in paths], dtype=numpy.uint64)
+    hashes = [_perceptual_hash(path) for path in _shown(photographs, "Comparing")]
+    return numpy.array(hashes, dtype=numpy.uint64)
 
 
 def _perceptual_hash(path: Path) -> int:
     try:
         import imagehash
     except ImportError as error:
-        advice = 'pip install "gipip[imagenet]"'
-        raise DataError(
-            f"Photographs are compared with the package imagehash: {advice}."
-        ) from error
+        advice = 'Install it: pip install "gipip[imagenet]".'
+        raise DataError(f"Comparing photographs needs the package imagehash. {advice}") from error
+    from torchvision.transforms import functional
+
     image = _upright(path)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
+    square = functional.center_crop(image, min(image.size))
     return int(str(imagehash.phash(square)), base=16)
 
 
@@ -134,26 +164,28 @@ def near(
 def _upright(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(_eight_bit(file))
+            image = _eight_bit(ImageOps.exif_transpose(file))
             if "transparency" in image.info:
                 image = image.convert("RGBA")  # between a palette with transparency and RGB
             return image.convert("RGB")
     except Exception as error:  # decoders raise nearly anything on damaged files
-        expected = "Expected a picture of 8 or 16 bits, such as a JPEG or PNG file."
-        raise DataError(f"{path} cannot be read as an image ({error}). {expected}") from error
+        raise DataError(
+            f"{printable(path)} cannot be read as an image ({type(error).__name__}: {error}). "
+            "Expected a picture of 8 or 16 bits, such as a JPEG or PNG file."
+        ) from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """The picture, of 16 bits a pixel scaled to 8; what has another range is refused."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        values = numpy.asarray(image).astype(numpy.float64) / 257  # 65,535 becomes 255
+    if image.mode.startswith("I;16"):
+        values = numpy.asarray(image) / 257  # 65,535 becomes 255
         return Image.fromarray(values.round().astype(numpy.uint8))
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits, whose range is not known")
     return image
 
 
-def _shown(paths: Sequence[Path], description: str):
-    """The paths, with progress when they are many."""
-    many = len(paths) >= 2000
-    return progress(paths, description=description, unit="image") if many else paths
+def _shown(photographs: Photographs, verb: str) -> Iterable[Path]:
+    """Their paths, with progress when they are many."""
+    paths, label = photographs.paths, f"{verb} {printable(photographs.root.name)}"
+    return progress(paths, description=label, unit="image") if len(paths) >= 2000 else paths

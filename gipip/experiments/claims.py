@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
+import pandas
 
 from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, verdict
 from gipip.experiments.results import Results
 
-_COLUMNS = (
-    dict.fromkeys(("claim", "compared", "metric"), str)
-    | dict.fromkeys(("images", "batches"), int)
-    | dict.fromkeys(("mean", "low", "high"), float)
-    | {"verdict": str}
-)
+_COLUMNS = {
+    **dict.fromkeys(("claim", "compared", "metric"), str),
+    **dict.fromkeys(("images", "batches"), int),
+    **dict.fromkeys(("mean", "low", "high"), float),
+    "verdict": str,
+}
 _SECTION = re.compile(
     r"(?<=^<!-- claims: written by make reproduce -->\n).*?(?=^<!-- end of claims -->$)",
     re.DOTALL | re.MULTILINE,
@@ -40,6 +40,7 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
+        """Supported, not supported, or undecided."""
         return verdict(self.difference)
 
 
@@ -55,28 +56,21 @@ def compare(
     `b` select (see `Results.difference`).
     """
     images = len(results.select(**a).frame())
-    return [
-        Claim(claim, compared, metric, images, results.difference(a, b, metric))
-        for metric in metrics
-    ]
+    return [Claim(claim, compared, m, images, results.difference(a, b, m)) for m in metrics]
 
 
-def save_claims(name: str, claims: Sequence[Claim], folder: Path | str) -> pd.DataFrame:
+def save_claims(name: str, claims: Sequence[Claim], folder: Path | str) -> pandas.DataFrame:
     """Write `folder`/`name`_claims.csv, whole or not at all, and return its table: a
     row a claim.
 
     `name`: the notebook's, as "03_ablations". Raises ValueError for a name without a
     number, for no claims, and for two of the same claim, comparison and metric.
     """
-    if not re.match(r"\d\d_", name):
-        raise ValueError(f"{name!r} is no notebook's name. Expected one such as '03_ablations'.")
-    rows = [
-        (*claim[:4], claim.difference.count, *claim.difference[:3], claim.verdict)
-        for claim in claims
-    ]
-    table = pd.DataFrame(rows, columns=list(_COLUMNS))
-    if table.empty:
-        raise ValueError(f"{name!r} has no claims to save.")
+    rows = [(*c[:4], c.difference.count, *c.difference[:3], c.verdict) for c in claims]
+    table = pandas.DataFrame(rows, columns=list(_COLUMNS))
+    if not re.match(r"\d\d_", name) or table.empty:
+        expected = "Expected claims, and a notebook's name such as '03_ablations'"
+        raise ValueError(f"{expected}; found {len(table)} claims of {name!r}.")
     repeated = table[table.duplicated(["claim", "compared", "metric"])]
     if len(repeated):
         names = ", ".join(repeated["compared"] + " by " + repeated["metric"])
@@ -84,7 +78,7 @@ def save_claims(name: str, claims: Sequence[Claim], folder: Path | str) -> pd.Da
     return _write_table(Path(folder) / f"{name}_claims.csv", table)
 
 
-def collect_claims(folder: Path | str) -> pd.DataFrame:
+def collect_claims(folder: Path | str) -> pandas.DataFrame:
     """All claims of `folder`, in order of claim, then notebook, written to
     `folder`/claims.csv; without any, an empty table and no file.
 
@@ -92,23 +86,20 @@ def collect_claims(folder: Path | str) -> pd.DataFrame:
     """
     tables = [_read(path) for path in sorted(Path(folder).glob("[0-9][0-9]_*claims.csv"))]
     if not tables:
-        return pd.DataFrame(columns=list(_COLUMNS))
-    table = pd.concat(tables).sort_values("claim", kind="stable", ignore_index=True)
+        return pandas.DataFrame(columns=list(_COLUMNS))
+    table = pandas.concat(tables).sort_values("claim", kind="stable", ignore_index=True)
     return _write_table(Path(folder) / "claims.csv", table)
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path) -> pandas.DataFrame:
     try:  # as text first, for numbers that are exact to the last digit
-        return pd.read_csv(path, dtype=str)[list(_COLUMNS)].astype(_COLUMNS)
+        return pandas.read_csv(path, dtype=str)[list(_COLUMNS)].astype(_COLUMNS)
     except (KeyError, ValueError) as error:  # a column missing; no number, no CSV
-        columns = ", ".join(_COLUMNS)
-        raise DataError(
-            f"{path} is no table of claims ({error}). Expected the columns {columns}; "
-            "run its notebook."
-        ) from error
+        expected = f"Expected the columns {', '.join(_COLUMNS)}; run its notebook."
+        raise DataError(f"{path} is no table of claims ({error}). {expected}") from error
 
 
-def write_readme_section(readme: Path | str, table: pd.DataFrame) -> bool:
+def write_readme_section(readme: Path | str, table: pandas.DataFrame) -> bool:
     """Write a row a claim between the two marker lines of `readme`, and every
     comparison between those of docs/claims.md beside it.
 
@@ -116,25 +107,25 @@ def write_readme_section(readme: Path | str, table: pd.DataFrame) -> bool:
     left alone: False if it is `readme`.
     """
     readme = Path(readme)
-    counts = pd.crosstab(table["claim"], table["verdict"])
+    counts = pandas.crosstab(table["claim"], table["verdict"])
     counts = counts.reindex(columns=_VERDICTS, fill_value=0).reset_index()
     whole = [f"## {claim}\n\n{_markdown(_shown(rows))}" for claim, rows in table.groupby("claim")]
     _fill(readme.parent / "docs" / "claims.md", "\n".join(whole))
     return _fill(readme, _markdown(counts))
 
 
-def _shown(rows: pd.DataFrame) -> pd.DataFrame:
+def _shown(rows: pandas.DataFrame) -> pandas.DataFrame:
     shown = rows[["compared", "metric", "images", "batches", "verdict"]]
     shown.insert(4, "difference", rows.apply(_difference, axis=1))
     return shown
 
 
-def _difference(row: pd.Series) -> str:
+def _difference(row: pandas.Series) -> str:
     difference = Interval(row["mean"], row["low"], row["high"], row["batches"])
     return f"{difference:+.2f} dB" if row["metric"] == "psnr" else f"{difference:+.3f}"
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def _markdown(table: pandas.DataFrame) -> str:
     rows: list = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
     return "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
 
@@ -152,7 +143,7 @@ def _fill(path: Path, section: str) -> bool:
     return True
 
 
-def _write_table(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def _write_table(path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, table.to_csv(index=False, lineterminator="\n"))
     return table

@@ -36,7 +36,7 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _begin, [reader])
+    pool = ProcessPoolExecutor(workers, context, _begin, (reader,))
     with _environment(), reader, writer, pool:
         try:
             _await_start(pool, workers)

@@ -5,36 +5,30 @@ import functools
 import hashlib
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parents[1]
-_COMPUTES = ("attacks", "federation", "priors", "evaluation/metrics.py")
+_COMPUTE = (  # results, besides data and weights; patterns of files of the package
+    "attacks/**/*.py",
+    "federation/*.py",
+    "priors/*.py",
+    "evaluation/metrics.py",
+    "experiments/scenario.py",
+)
 
 
 @functools.cache
 def code_version() -> str:
     """12 hex digits that change with every statement on which a result depends.
 
-    Of the modules of attacks, clients, priors and metrics, without comments and docstrings.
+    Of the modules of attacks, clients, priors and metrics, without comments and docstrings. Python
+    3.11 writes the same statements down otherwise than later ones, and so computes anew.
     """
-    digest = hashlib.sha256()
-    for name in _COMPUTES:
-        path = _PACKAGE / name
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(_statements(file.read_text(encoding="utf-8")).encode())
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for pattern in _COMPUTE:
+        for file in sorted(package.glob(pattern)):
+            statements = _WithoutTexts().visit(ast.parse(file.read_bytes()))
+            digest.update(f"{file.relative_to(package)}\n{ast.unparse(statements)}\n".encode())
     return digest.hexdigest()[:12]
 
 
-def _statements(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [statement for statement in body if not _is_text(statement)]  # type: ignore[attr-defined]
-    return ast.dump(tree)
-
-
-def _is_text(statement: ast.stmt) -> bool:
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
+class _WithoutTexts(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) else node
