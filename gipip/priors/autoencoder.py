@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DataError
-from gipip.priors.base import Prior, Seed, Training, device, seeded, trained, validated
+from gipip.priors.base import Network, Prior, Seed, Training, device, seeded, trained, validated
 
 Images = Float[Tensor, "batch 3 height width"]
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Network):
     """`depth` convolutions (kernel 4, stride 2) that double the channels from `width`, mirrored,
     with a sigmoid at the end.
 
@@ -43,18 +43,17 @@ class Autoencoder(nn.Module):
     def forward(self, images: Images) -> Images:
         return self.layers(images)
 
-    def check(self, image_shape: Sequence[int]) -> None:
-        """Raise DataError for images of a shape other than (3, height, width) with sides divisible
-        by 2**depth.
-        """
-        unit = 2 ** self.arguments["depth"]
+    def misfit(self, image_shape: Sequence[int]) -> str:
         channels, *sides = image_shape
-        if channels != 3 or len(sides) != 2 or any(side < 1 or side % unit for side in sides):
-            raise DataError(
-                f"An autoencoder of depth {self.arguments['depth']} takes images of 3 channels "
-                f"with sides divisible by 2**depth = {unit}; these are of shape "
-                f"{tuple(image_shape)}. Resize them, or use an autoencoder of another depth."
-            )
+        unit = 2 ** self.arguments["depth"]
+        if channels == 3 and len(sides) == 2 and not any(side % unit for side in sides):
+            return ""
+        shape = "×".join(map(str, image_shape))
+        return (
+            f"an autoencoder of depth {self.arguments['depth']} takes images of 3 channels with "
+            f"sides divisible by {unit}, not {shape}. Resize them, or "
+            "gipip.train_autoencoder(…, depth=…)."
+        )
 
 
 class AnomalyScore(Prior):
@@ -78,13 +77,12 @@ class AnomalyScore(Prior):
         super().__init__(autoencoder.to(memory_format=torch.channels_last), provenance)
         self.offset = offset
 
-    def check(self, image_shape: Sequence[int]) -> None:
-        """Raise DataError for images of a shape that the autoencoder cannot take."""
-        self.autoencoder.check(image_shape)
-
     def errors(self, images: Images) -> Float[Tensor, "batch"]:
-        """Mean squared reconstruction error of each image in [0, 1]."""
-        self.check(images.shape[1:])
+        """Mean squared reconstruction error of each image in [0, 1]; DataError for images that the
+        autoencoder cannot take.
+        """
+        if reason := self.autoencoder.misfit(images.shape[1:]):
+            raise DataError(f"These images cannot be scored: {reason}")
         return (self.autoencoder(images) - images).square().mean(dim=(1, 2, 3))
 
     def forward(
@@ -155,8 +153,7 @@ class AutoencoderTraining(Training[AnomalyScore]):
     def __init__(self, auxiliary: LabeledImages, settings: Mapping[str, Any]):
         with seeded(settings["seed"]):
             network = Autoencoder(settings["width"], settings["depth"])
-        network.check(auxiliary.pixels.shape[1:])
-        super().__init__(network.to(device()), settings["patience"])
+        super().__init__(network.to(device()), auxiliary, settings["patience"])
         random = torch.Generator().manual_seed(settings["seed"])
         training, validation = _split(auxiliary, settings["validation_fraction"], random)
         self.validation = validation.to(device())
@@ -195,11 +192,6 @@ def _split(
 ) -> tuple[Images, Images]:
     """Training and validation images, at least one of each."""
     count = len(auxiliary)
-    if count < 2:
-        raise DataError(
-            f"An autoencoder cannot be trained on {count} images: one is held out. Give at least "
-            "2, better 1,000."
-        )
     order = torch.randperm(count, generator=random)
     held_out = min(max(1, round(validation_fraction * count)), count - 1)
     return auxiliary[order[held_out:]].images, auxiliary[order[:held_out]].images

@@ -1,50 +1,64 @@
 """What all priors share: their files and fingerprints, and the course of their training.
 
-A new prior is one module: its network, a `Prior` that holds it, a `Training`, and a function
-whose settings `validated` checks and which `trained` trains or loads.
+A new prior is one module: a `Network`, a `Prior` that holds it, a `Training` of it, and a function
+with `validated` settings that calls `trained`.
 """
 
 import contextlib
 import copy
 import functools
 import math
-import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError, validate_call
-from torch import Tensor, nn
+from torch import nn
 
 from gipip.data.datasets import LabeledImages
-from gipip.errors import DamagedFileError, DataError, GipipError
+from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
 from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
 from gipip.progress import progress, require_time
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+class Network(nn.Module):
+    """A prior's network. `arguments`: those that build it."""
+
+    arguments: dict[str, int]
+
+    def misfit(self, image_shape: Sequence[int]) -> str:
+        """Why it is not for images of this shape, (3, height, width); empty if it is."""
+        raise NotImplementedError(f"{type(self).__name__} does not define misfit()")
+
+
 class Prior(nn.Module):
     """A network trained on auxiliary images, which attacks use and never train.
 
     `provenance` says how it was trained (data, settings, history) and travels with the weights.
-    A subclass names its network, `kind`, as it is called in files and as an attribute; the class
-    of the network, whose `arguments` rebuild it; and `constants`, numbers beside the weights.
+    A subclass gives the network's name in files and as an attribute, its class, and the names of
+    `constants` beside the weights.
     """
 
     kind: ClassVar[str]
-    network_class: ClassVar[type[nn.Module]]
+    network_class: ClassVar[type[Network]]
     constants: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, network: nn.Module, provenance: dict | None = None):
+    def __init__(self, network: Network, provenance: dict | None = None):
         super().__init__()
         self.add_module(self.kind, network.eval().requires_grad_(False))
         self.provenance = provenance or {}
 
+    @property
+    def network(self) -> Network:
+        return self.get_submodule(self.kind)  # type: ignore[return-value]
+
     def check(self, image_shape: Sequence[int]) -> None:
-        """Raise DataError for images of a shape (3, height, width) that the prior is not for."""
-        raise NotImplementedError(f"{type(self).__name__} does not define check()")
+        """Raise UpdateError unless it is for an update of images of shape (3, height, width)."""
+        if reason := self.network.misfit(image_shape):
+            raise UpdateError(f"The prior does not fit the update: {reason}")
 
     @property
     def fingerprint(self) -> str:
@@ -56,9 +70,8 @@ class Prior(nn.Module):
 
     def save(self, path: Path | str) -> Path:
         """Write weights, constants and provenance to one safetensors file."""
-        network = self.get_submodule(self.kind)
-        metadata = {self.kind: network.arguments, "provenance": self.provenance}
-        return write_tensors(path, network.state_dict(), metadata | self._constants())
+        metadata = {self.kind: self.network.arguments, "provenance": self.provenance}
+        return write_tensors(path, self.network.state_dict(), metadata | self._constants())
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -67,17 +80,19 @@ class Prior(nn.Module):
         try:
             network = cls.network_class(**metadata[cls.kind])
             network.load_state_dict(tensors)
-            known = {name: metadata[name] for name in ("provenance", *cls.constants)}
-            return cls(network, **known)
+            return cls(network, **{name: metadata[name] for name in ("provenance", *cls.constants)})
         except (KeyError, TypeError, RuntimeError, DataError) as error:
-            raise DamagedFileError(
-                f"{path} does not hold a prior with {cls.kind} ({error}). {cls._advice()}"
-            ) from error
+            reason = f"{path} does not hold {cls._named()} ({error})."
+            raise DamagedFileError(f"{reason} {cls._advice()}") from error
 
     @classmethod
     def shipped(cls, name: str) -> Self:
         """The one of that name that ships with gipip; DataError, with the names, if none does."""
         return cls.load(shipped(cls.kind, name, cls._advice()))
+
+    @classmethod
+    def _named(cls) -> str:
+        return f"{'an' if cls.kind[0] in 'aeiou' else 'a'} {cls.kind}"
 
     @classmethod
     def _advice(cls) -> str:
@@ -88,19 +103,23 @@ P = TypeVar("P", bound=Prior)
 
 
 class Training(Generic[P]):
-    """The course of a prior's training, which ends with the weights of its lowest `measure`.
+    """A prior's training, which ends with the network's weights of the lowest `measure`.
 
     A subclass defines `advance` and `judge`, and says which `prior` comes of it and after how
     many steps it judges. `patience`: judgements without a better one before it stops early.
+    Raises DataError for images that the network is not for, or fewer than two.
     """
 
     prior: type[P]
     measure: ClassVar[str]
     every: ClassVar[int]
 
-    def __init__(self, network: nn.Module, patience: float = math.inf):
-        self.network = network
-        self.patience = patience
+    def __init__(self, network: Network, auxiliary: LabeledImages, patience: float = math.inf):
+        reason = network.misfit(auxiliary.pixels.shape[1:])
+        if reason or len(auxiliary) < 2:
+            reason = reason or "give at least 2 images, better 1,000."
+            raise DataError(f"These {len(auxiliary)} images cannot be trained on: {reason}")
+        self.network, self.patience = network, patience
         self.history: dict[str, list] = {"step": [], self.measure: []}
         self.steps, self.waited, self.interrupted = 0, 0, False
         self._best = copy.deepcopy(network.state_dict())
@@ -194,7 +213,7 @@ Value = TypeVar("Value")
 
 
 def validated(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """The function with its arguments checked against their annotations; DataError if wrong."""
+    """The function, its arguments checked against their annotations; DataError for a wrong one."""
     config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
     checked = validate_call(function, config=config)
 
@@ -203,12 +222,7 @@ def validated(function: Callable[Arguments, Value]) -> Callable[Arguments, Value
         try:
             return checked(*args, **options)
         except ValidationError as error:
-            wrong = "; ".join(map(_refusal, error.errors()))
-        raise DataError(f"{function.__qualname__}: {wrong}.")
+            wrong = [f"{refused['loc'][-1]}: {refused['msg']}" for refused in error.errors()]
+            raise DataError(f"{function.__name__}: {'; '.join(wrong)}.") from None
 
     return call
-
-
-def _refusal(error: Mapping[str, Any]) -> str:
-    name = ".".join(map(str, error["loc"]))
-    return f"{name}: {error['msg']}, got {reprlib.repr(error['input'])}"
