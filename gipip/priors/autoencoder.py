@@ -1,5 +1,5 @@
-"""The anomaly score of GI-PIP: the reconstruction error of an autoencoder trained on a few
-auxiliary images.
+"""The anomaly score of GI-PIP: the reconstruction error of an autoencoder trained on a
+few auxiliary images.
 """
 
 import itertools
@@ -14,51 +14,46 @@ from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DataError
-from gipip.priors.base import Network, Prior, Seed, Training, device, seeded, trained, validated
-
-Images = Float[Tensor, "batch 3 height width"]
+from gipip.priors.base import Images, Network, Prior, Seed, Training, seeded, trained, validated
 
 
 class Autoencoder(Network):
-    """`depth` convolutions (kernel 4, stride 2) that double the channels from `width`, mirrored,
-    with a sigmoid at the end.
+    """`depth` convolutions (kernel 4, stride 2) that double the channels from `width`,
+    mirrored, with a sigmoid at the end.
 
-    Width 12 and depth 3 are GI-PIP's network for CIFAR-10 and ImageNet at 64×64: its code has a
-    quarter of the input's numbers. Images in [0, 1], sides divisible by 2**depth.
+    Width 12 and depth 3 are GI-PIP's network for CIFAR-10 and ImageNet at 64×64: its
+    code has a quarter of the input's numbers. Images in [0, 1], sides divisible by
+    2**depth.
     """
 
     @validated
     def __init__(self, width: PositiveInt = 12, depth: PositiveInt = 3):
         super().__init__()
         channels = [3, *(width * 2**level for level in range(depth))]
-        convolution = {"kernel_size": 4, "stride": 2, "padding": 1}
+        convolution: dict[str, Any] = {"kernel_size": 4, "stride": 2, "padding": 1}
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, **convolution), nn.ReLU()]
         for inputs, outputs in itertools.pairwise(reversed(channels)):
             layers += [nn.ConvTranspose2d(inputs, outputs, **convolution), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1], nn.Sigmoid())
-        self.arguments = {"width": width, "depth": depth}
+        self.depth, self.arguments = depth, {"width": width, "depth": depth}
 
     def forward(self, images: Images) -> Images:
         return self.layers(images)
 
     def misfit(self, image_shape: Sequence[int]) -> str:
         channels, *sides = image_shape
-        unit = 2 ** self.arguments["depth"]
-        if channels == 3 and len(sides) == 2 and not any(side % unit for side in sides):
+        if channels == 3 and len(sides) == 2 and not any(side % 2**self.depth for side in sides):
             return ""
-        shape = "×".join(map(str, image_shape))
-        return (
-            f"an autoencoder of depth {self.arguments['depth']} takes images of 3 channels with "
-            f"sides divisible by {unit}, not {shape}. Resize them, or "
-            "gipip.train_autoencoder(…, depth=…)."
-        )
+        taken = f"of depth {self.depth} takes 3 channels and sides divisible by {2**self.depth}"
+        remedy = "Resize them, or gipip.train_autoencoder(…, depth=…)."
+        return f"an autoencoder {taken}, not {'×'.join(map(str, image_shape))}. {remedy}"
 
 
 class AnomalyScore(Prior):
-    """AS(x) = |MSE(x, AE(x)) − c| (Sun et al. 2024): how far an image's reconstruction error is
-    from that of natural images.
+    """AS(x) = |MSE(x, AE(x)) − c| (Sun et al. 2024): how far an image's reconstruction
+    error is from that of natural images.
 
     `offset` is c. `provenance` says how the autoencoder was trained.
     """
@@ -78,8 +73,8 @@ class AnomalyScore(Prior):
         self.offset = offset
 
     def errors(self, images: Images) -> Float[Tensor, "batch"]:
-        """Mean squared reconstruction error of each image in [0, 1]; DataError for images that the
-        autoencoder cannot take.
+        """Mean squared reconstruction error of each image in [0, 1]; DataError for
+        images that the autoencoder cannot take.
         """
         if reason := self.autoencoder.misfit(images.shape[1:]):
             raise DataError(f"These images cannot be scored: {reason}")
@@ -88,8 +83,8 @@ class AnomalyScore(Prior):
     def forward(
         self, images: Images, per: Literal["image", "batch"] = "image"
     ) -> Float[Tensor, "scores"]:
-        """Scores ≥ 0 of images in [0, 1]: one an image, or (the reference's form) one of the whole
-        batch's mean error.
+        """Scores ≥ 0 of images in [0, 1]: one an image, or (the reference's form) one
+        of the whole batch's mean error.
         """
         errors = self.errors(images)
         if per == "batch":
@@ -97,15 +92,15 @@ class AnomalyScore(Prior):
         return (errors - self.offset).abs()
 
     def with_offset(self, offset: float) -> "AnomalyScore":
-        """The same autoencoder with another c, e.g. 0, or 0.001 as GI-PIP released it for
-        CIFAR-10.
+        """The same autoencoder with another c, e.g. 0, or 0.001 as GI-PIP released it
+        for CIFAR-10.
         """
         return AnomalyScore(self.autoencoder, offset, self.provenance)
 
 
 def load_prior(name: str = "cifar10") -> AnomalyScore:
-    """An anomaly score that ships with gipip: "cifar10" is trained on the 1,900 embedded auxiliary
-    images; see data/README.md for more.
+    """An anomaly score that ships with gipip: "cifar10" is trained on the 1,900
+    embedded auxiliary images; see data/README.md for more.
 
     Raises DataError when there is none of that name.
     """
@@ -126,19 +121,18 @@ def train_autoencoder(
     seed: Seed = 0,
     store: Path | str | None = None,
 ) -> AnomalyScore:
-    """Train an autoencoder on auxiliary images and calibrate the offset c to its mean error on
-    held-out ones.
+    """Train an autoencoder on auxiliary images and calibrate the offset c to its mean
+    error on held-out ones.
 
-    A `validation_fraction` of the images is held out: the weights of the lowest validation error
-    are kept, and training stops early after `patience` evaluations (one every 100 steps) without a
-    better one. Adam, learning rate falling to zero along a cosine. Ctrl-C keeps the best weights so
-    far. With a `store` (a folder) a finished training of the same settings on the same images is
-    loaded instead of repeated. Raises DataError for settings out of range and images the
-    autoencoder cannot be trained on, GipipError when the training diverges.
+    A `validation_fraction` of the images is held out: the weights of the lowest
+    validation error are kept, and training stops early after `patience` evaluations
+    (one every 100 steps) without a better one. Adam, learning rate falling to zero
+    along a cosine. Ctrl-C keeps the best weights so far. With a `store` (a folder) a
+    finished training of the same settings on the same images is loaded instead of
+    repeated. Raises DataError for settings out of range and images the autoencoder
+    cannot be trained on, GipipError when the training diverges.
     """
-    given = locals()
-    settings = {name: given[name] for name in given if name not in ("auxiliary", "store")}
-    return trained(AutoencoderTraining, auxiliary, settings, store)
+    return trained(AutoencoderTraining, **locals())
 
 
 class AutoencoderTraining(Training[AnomalyScore]):
@@ -153,11 +147,11 @@ class AutoencoderTraining(Training[AnomalyScore]):
     def __init__(self, auxiliary: LabeledImages, settings: Mapping[str, Any]):
         with seeded(settings["seed"]):
             network = Autoencoder(settings["width"], settings["depth"])
-        super().__init__(network.to(device()), auxiliary, settings["patience"])
+        super().__init__(network.to(self.device), auxiliary, settings["patience"])
         random = torch.Generator().manual_seed(settings["seed"])
         training, validation = _split(auxiliary, settings["validation_fraction"], random)
-        self.validation = validation.to(device())
-        self.batches = _batches(training.to(device()), settings["batch_size"], random)
+        self.validation = validation.to(self.device)
+        self.batches = _batches(training.to(self.device), settings["batch_size"], random)
         self.losses: list[Tensor] = []
         self.optimizer = torch.optim.Adam(network.parameters(), lr=settings["learning_rate"])
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -198,7 +192,9 @@ def _split(
 
 
 def _batches(images: Images, batch_size: int, random: torch.Generator) -> Iterator[Images]:
-    """Endless shuffled batches; a pass over the images ends with a smaller one if need be."""
+    """Endless shuffled batches; a pass over the images ends with a smaller one if need
+    be.
+    """
     while True:
         order = torch.randperm(len(images), generator=random).to(images.device)
         yield from images[order].split(batch_size)

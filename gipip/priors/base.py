@@ -1,26 +1,29 @@
-"""What all priors share: their files and fingerprints, and the course of their training.
+"""What all priors share: their files and fingerprints, and the course of their
+training.
 
-A new prior is one module: a `Network`, a `Prior` that holds it, a `Training` of it, and a function
-with `validated` settings that calls `trained`.
+A new prior is one module: a `Network`, a `Prior` that holds it, a `Training` of it, and
+a function with `validated` settings that calls `trained`.
 """
 
 import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
 import torch
+from jaxtyping import Float
 from pydantic import ConfigDict, Field, ValidationError, validate_call
-from torch import nn
+from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
 from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
 from gipip.progress import progress, require_time
 
+Images = Float[Tensor, "batch 3 height width"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -37,9 +40,9 @@ class Network(nn.Module):
 class Prior(nn.Module):
     """A network trained on auxiliary images, which attacks use and never train.
 
-    `provenance` says how it was trained (data, settings, history) and travels with the weights.
-    A subclass gives the network's name in files and as an attribute, its class, and the names of
-    `constants` beside the weights.
+    `provenance` says how it was trained (data, settings, history) and travels with the
+    weights. A subclass gives the network's name in files and as an attribute, its
+    class, and the names of `constants` beside the weights.
     """
 
     kind: ClassVar[str]
@@ -56,7 +59,9 @@ class Prior(nn.Module):
         return self.get_submodule(self.kind)  # type: ignore[return-value]
 
     def check(self, image_shape: Sequence[int]) -> None:
-        """Raise UpdateError unless it is for an update of images of shape (3, height, width)."""
+        """Raise UpdateError unless it is for an update of images of shape (3, height,
+        width).
+        """
         if reason := self.network.misfit(image_shape):
             raise UpdateError(f"The prior does not fit the update: {reason}")
 
@@ -75,7 +80,9 @@ class Prior(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote; DamagedFileError when it is corrupt or holds something else."""
+        """Read what `save` wrote; DamagedFileError when it is corrupt or holds
+        something else.
+        """
         tensors, metadata = read_tensors(path)
         try:
             network = cls.network_class(**metadata[cls.kind])
@@ -87,7 +94,9 @@ class Prior(nn.Module):
 
     @classmethod
     def shipped(cls, name: str) -> Self:
-        """The one of that name that ships with gipip; DataError, with the names, if none does."""
+        """The one of that name that ships with gipip; DataError, with the names, if
+        none does.
+        """
         return cls.load(shipped(cls.kind, name, cls._advice()))
 
     @classmethod
@@ -103,11 +112,13 @@ P = TypeVar("P", bound=Prior)
 
 
 class Training(Generic[P]):
-    """A prior's training, which ends with the network's weights of the lowest `measure`.
+    """A prior's training, which ends with the network's weights of the lowest
+    `measure`.
 
-    A subclass defines `advance` and `judge`, and says which `prior` comes of it and after how
-    many steps it judges. `patience`: judgements without a better one before it stops early.
-    Raises DataError for images that the network is not for, or fewer than two.
+    A subclass defines `advance` and `judge`, and says which `prior` comes of it and
+    after how many steps it judges. `patience`: judgements without a better one before
+    it stops early. Raises DataError for images that the network is not for, or fewer
+    than two.
     """
 
     prior: type[P]
@@ -123,6 +134,11 @@ class Training(Generic[P]):
         self.history: dict[str, list] = {"step": [], self.measure: []}
         self.steps, self.waited, self.interrupted = 0, 0, False
         self._best = copy.deepcopy(network.state_dict())
+
+    @property
+    def device(self) -> str:
+        """The GPU, if there is one."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def advance(self) -> None:
         """Take one step."""
@@ -158,9 +174,9 @@ class Training(Generic[P]):
 
     def _note(self, found: dict[str, float]) -> None:
         if not math.isfinite(found[self.measure]):
+            after = f"diverged: not finite after {self.steps} steps"
             raise GipipError(
-                f"The training of the {self.prior.kind} diverged: not finite after {self.steps} "
-                "steps. Use a smaller learning_rate."
+                f"The {self.prior.kind}'s training {after}. Use a smaller learning_rate."
             )
         self.waited += 1
         if found[self.measure] < min(self.history[self.measure], default=math.inf):
@@ -170,24 +186,21 @@ class Training(Generic[P]):
 
 
 def trained(
-    training: type[Training[P]],
-    auxiliary: LabeledImages,
-    settings: Mapping[str, Any],
-    store: Path | str | None,
+    training: type[Training[P]], auxiliary: LabeledImages, store: Path | str | None, **settings: Any
 ) -> P:
     """The prior of a training of these settings on these images, with its provenance.
 
     With a `store` (a folder) a finished one is loaded instead of trained again.
     """
-    provenance = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
-    name = fingerprint({}, canonical_json(provenance))[:24]
+    about = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
+    name = fingerprint({}, canonical_json(about))[:24]
     path = Path(store) / "priors" / f"{name}.safetensors" if store else None
     if path and path.exists():
         return training.prior.load(path)
     require_time()
     course = training(auxiliary, settings)  # type: ignore[arg-type]  # as subclasses take them
     prior = course.run(settings["steps"])
-    prior.provenance = provenance | {"history": course.history}
+    prior.provenance = about | {"history": course.history}
     if course.interrupted:
         prior.provenance["interrupted"] = True
     elif path:
@@ -195,14 +208,11 @@ def trained(
     return prior
 
 
-def device() -> str:
-    """Where priors are trained: the GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's global generator, from which first weights come, starts at `seed`."""
+    """Inside, torch's global generator, from which first weights come, starts at
+    `seed`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
         yield
@@ -213,9 +223,11 @@ Value = TypeVar("Value")
 
 
 def validated(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """The function, its arguments checked against their annotations; DataError for a wrong one."""
+    """The function, its arguments checked against their annotations; DataError for a
+    wrong one.
+    """
     config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-    checked = validate_call(function, config=config)
+    checked = validate_call(config=config)(function)
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **options: Arguments.kwargs) -> Value:

@@ -1,5 +1,5 @@
-"""The prior of GAN-based inversion: a small DCGAN generator trained on auxiliary images (Radford
-et al. 2016).
+"""The prior of GAN-based inversion: a small DCGAN generator trained on auxiliary images
+(Radford et al. 2016).
 """
 
 import copy
@@ -9,38 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from jaxtyping import Float
 from pydantic import InstanceOf, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.transforms import Normalize
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DataError
 from gipip.files import DATA, read_tensors
-from gipip.priors.base import Network, Prior, Seed, Training, device, seeded, trained, validated
-
-Images = Float[Tensor, "batch 3 height width"]
+from gipip.priors.base import Images, Network, Prior, Seed, Training, seeded, trained, validated
 
 _FORGETTING = 0.998  # of the generator's moving average, in a step
 
 
 class Generator(Network):
-    """DCGAN: latents to a 4×4 map, then one transposed convolution (kernel 4, stride 2) a doubling;
-    images in [0, 1].
+    """DCGAN: latents to a 4×4 map, then one transposed convolution (kernel 4, stride 2)
+    a doubling; images in [0, 1].
 
     `width`: channels of the last hidden layer, which double with every layer before it.
     `image_size`: 16, 32, 64, …; DataError for any other.
     """
 
-    @validated
-    def __init__(
-        self, width: PositiveInt = 32, latent_size: PositiveInt = 64, image_size: int = 32
-    ):
+    def __init__(self, width: int = 32, latent_size: int = 64, image_size: int = 32):
         super().__init__()
         channels = _channels(width, image_size)
-        doubling = {"kernel_size": 4, "stride": 2, "padding": 1}
+        doubling: dict[str, Any] = {"kernel_size": 4, "stride": 2, "padding": 1}
         layers: list[nn.Module] = []
         layers += [nn.ConvTranspose2d(latent_size, channels[0], kernel_size=4, bias=False)]
         layers += [nn.BatchNorm2d(channels[0]), nn.ReLU()]
@@ -59,27 +52,23 @@ class Generator(Network):
         size, shape = self.image_size, "×".join(map(str, image_shape[1:]))
         if tuple(image_shape) == (3, size, size):
             return ""
-        return (
-            f"a generator that makes {size}×{size} images, but the update is of {shape}. Use one "
-            "trained on images of that size: gipip.train_generator(auxiliary)."
-        )
+        remedy = "Use one trained on images of that size: gipip.train_generator(auxiliary)."
+        return f"it makes {size}×{size} images, but the update is of {shape}. {remedy}"
 
 
 def _channels(width: int, image_size: int) -> list[int]:
     """Channels from the 4×4 map to the last hidden layer."""
     if image_size < 16 or image_size & (image_size - 1):
-        raise DataError(
-            f"A generator makes images of 16, 32, 64, … pixels a side, not {image_size}. Resize "
-            "the auxiliary images."
-        )
+        sizes = f"16, 32, 64, … pixels a side, not {image_size}"
+        raise DataError(f"A generator makes images of {sizes}. Resize the auxiliary images.")
     # 32 = 4·2³: two hidden doublings, and a last one to the image
     levels = image_size.bit_length() - 4
     return [width * 2**level for level in range(levels, -1, -1)]
 
 
 def discriminator(width: int, image_size: int) -> nn.Module:
-    """The generator's mirror image with spectral normalisation (Miyato et al. 2018): a score an
-    image.
+    """The generator's mirror image with spectral normalisation (Miyato et al. 2018): a
+    score an image.
     """
     channels = [3, *reversed(_channels(width, image_size))]
     layers: list[nn.Module] = []
@@ -110,8 +99,8 @@ class GenerativePrior(Prior):
 
 
 def load_generator(name: str) -> GenerativePrior:
-    """A generator that ships with gipip, such as "cifar10-3.8%"; see data/README.md. Raises
-    DataError when there is none of that name.
+    """A generator that ships with gipip, such as "cifar10-3.8%"; see data/README.md.
+    Raises DataError when there is none of that name.
     """
     return GenerativePrior.shipped(name)
 
@@ -128,24 +117,23 @@ def train_generator(
     seed: Seed = 0,
     store: Path | str | None = None,
 ) -> GenerativePrior:
-    """Train a DCGAN on auxiliary images with the hinge loss; the exponential moving average of the
-    generator's weights is what is kept.
+    """Train a DCGAN on auxiliary images with the hinge loss; the exponential moving
+    average of the generator's weights is what is kept.
 
-    What the discriminator sees is augmented (see `augmentation`). Every 500 steps the average is
-    judged by its kernel distance to the auxiliary images (KID, Bińkowski et al. 2018, on features
-    of a fixed ImageNet AlexNet), and the best checkpoint is returned. Ctrl-C keeps the best so far.
-    With a `store` (a folder) a finished training of the same settings on the same images is loaded.
-    Raises DataError for settings out of range and images no generator can be trained on, GipipError
-    when the training diverges.
+    What the discriminator sees is augmented (see `augmentation`). Every 500 steps the
+    average is judged by its kernel distance to the auxiliary images (KID, Bińkowski et
+    al. 2018, on features of a fixed ImageNet AlexNet), and the best checkpoint is
+    returned. Ctrl-C keeps the best so far. With a `store` (a folder) a finished
+    training of the same settings on the same images is loaded. Raises DataError for
+    settings out of range and images no generator can be trained on, GipipError when the
+    training diverges.
     """
-    given = locals()
-    settings = {name: given[name] for name in given if name not in ("auxiliary", "store")}
-    return trained(GeneratorTraining, auxiliary, settings, store)
+    return trained(GeneratorTraining, **locals())
 
 
 class GeneratorTraining(Training[GenerativePrior]):
-    """Generator against discriminator; `network` is the generator's moving average. `samples`:
-    images that it is judged by.
+    """Generator against discriminator; `network` is the generator's moving average.
+    `samples`: images that it is judged by.
     """
 
     prior = GenerativePrior
@@ -158,7 +146,7 @@ class GeneratorTraining(Training[GenerativePrior]):
         with seeded(settings["seed"]):
             generator = Generator(settings["width"], settings["latent_size"], side)
             opponent = discriminator(settings["width"], side)
-        self.generator, self.discriminator = generator.to(device()), opponent.to(device())
+        self.generator, self.discriminator = generator.to(self.device), opponent.to(self.device)
         average = copy.deepcopy(self.generator).eval().requires_grad_(False)
         super().__init__(average, auxiliary)
         self.auxiliary, self.batch_size = auxiliary, settings["batch_size"]
@@ -168,17 +156,17 @@ class GeneratorTraining(Training[GenerativePrior]):
             for network in (self.generator, self.discriminator)
         ]
         order = torch.randperm(len(auxiliary), generator=torch.Generator().manual_seed(0))
-        self.distance = kernel_distance(auxiliary[order[: self.samples]].images.to(device()))
+        self.distance = kernel_distance(auxiliary[order[: self.samples]].images.to(self.device))
 
     def advance(self) -> None:
-        """One step of the discriminator, one of the generator (hinge loss, Lim and Ye 2017), one
-        of the average.
+        """One step of the discriminator, one of the generator (hinge loss, Lim and Ye
+        2017), one of the average.
         """
         rows = torch.randint(len(self.auxiliary), (self.batch_size,), generator=self.random)
-        real = self.auxiliary[rows].images.to(device())
+        real = self.auxiliary[rows].images.to(self.device)
         augment = augmentation(len(real), self.random)
         size = (2, len(real), self.generator.latent_size)
-        latents = torch.randn(size, generator=self.random).to(device())
+        latents = torch.randn(size, generator=self.random).to(self.device)
         fake = self.generator(latents[0]).detach()
         on_real, on_fake = (self.discriminator(augment(images)) for images in (real, fake))
         self._descend(1, (1 - on_real).relu().mean() + (1 + on_fake).relu().mean())
@@ -201,17 +189,19 @@ class GeneratorTraining(Training[GenerativePrior]):
 
     @torch.no_grad()
     def judge(self) -> dict[str, float]:
-        """The kernel distance of what the moving average makes of the same latents each time."""
+        """The kernel distance of what the moving average makes of the same latents each
+        time.
+        """
         size = (self.samples, self.generator.latent_size)
-        latents = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device())
+        latents = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(self.device)
         made = torch.cat([self.network(part) for part in latents.split(250)])
         return {"kernel distance": self.distance(made)}
 
 
 def augmentation(batch_size: int, random: torch.Generator) -> Callable[[Images], Images]:
-    """A random differentiable augmentation, to be applied alike to real and generated images, so
-    that the discriminator does not memorise a small set (DiffAugment, Zhao et al., NeurIPS 2020:
-    brightness, saturation, contrast, translation, cutout).
+    """A random differentiable augmentation, to be applied alike to real and generated
+    images, so that the discriminator does not memorise a small set (DiffAugment, Zhao
+    et al., NeurIPS 2020: brightness, saturation, contrast, translation, cutout).
     """
     colours = [torch.rand(batch_size, 1, 1, 1, generator=random) for _ in range(3)]
     shift, hole = (torch.rand(batch_size, 2, generator=random) for _ in range(2))
@@ -247,8 +237,8 @@ def cut_out(x: Images, hole: Float[Tensor, "batch 2"]) -> Images:
 
 
 def kernel_distance(real: Images) -> Callable[[Images], float]:
-    """A function that gives the distance of images in [0, 1], as many or more, to these real ones:
-    KID, on 256 channels of gipip's ImageNet AlexNet in place of Inception's.
+    """A function that gives the distance of images in [0, 1], as many or more, to these
+    real ones: KID, on 256 channels of gipip's ImageNet AlexNet in place of Inception's.
     """
     from torchmetrics.image.kid import KernelInceptionDistance  # slow to import
 
@@ -270,8 +260,11 @@ def kernel_distance(real: Images) -> Callable[[Images], float]:
 
 def _features() -> nn.Module:
     """AlexNet's last convolution, averaged over space, of images scaled to 64×64."""
+    from torchvision.models import alexnet  # slow to import
+    from torchvision.transforms import Normalize
+
     with torch.device("meta"):
-        convolutions = torchvision.models.alexnet().features[:-1]
+        convolutions = alexnet().features[:-1]
     tensors, _ = read_tensors(DATA / "lpips-alexnet-trunk.safetensors")
     weights = {name.removeprefix("features."): value for name, value in tensors.items()}
     convolutions.load_state_dict(weights, assign=True)
