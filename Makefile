@@ -20,8 +20,8 @@ reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figur
 	$(BIN)/gipip reproduce --profile cpu
 
 test: $(READY) ## style, types, unit and property tests, then every committed notebook through nbval
-	$(BIN)/ruff check gipip tests benchmarks data
-	$(BIN)/ruff format --check gipip tests benchmarks data
+	$(BIN)/ruff check gipip tests benchmarks data notebooks
+	$(BIN)/ruff format --check gipip tests benchmarks data notebooks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 tests
 	GIPIP_HEADLESS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks

@@ -35,8 +35,7 @@ class _Commands(TyperGroup):
         except (GipipError, OSError) as error:
             _end(f"Error: {error}", 1)
         except KeyboardInterrupt:
-            kept = "Stopped. What was finished is kept; the same command goes on from there."
-            _end(f"\n{kept}", 130)
+            _end("\nStopped. What was finished is kept; the same command goes on from there.", 130)
 
 
 def _end(line: str, code: int) -> None:

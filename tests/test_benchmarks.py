@@ -26,39 +26,20 @@ def measure(tmp_path, monkeypatch):
     return run
 
 
-def test_an_iteration_is_measured_for_each_engine(measure):
-    arguments = [
-        "--models",
-        "lenet",
-        "--batch-sizes",
-        "1",
-        "--attacks",
-        "IG",
-        "--engines",
-        "eager",
-        "traced",
-        "--iterations",
-        "4",
-    ]
-    rows = measure("iteration", *arguments)
+def test_an_iteration_is_measured_for_each_engine_anew(measure):
+    options = "--models lenet --batch-sizes 1 --attacks IG --engines eager traced --iterations 4"
+    measure("iteration", *options.split())
+    rows = measure("iteration", *options.split())  # takes the place of the first measurement
     assert [row["engine"] for row in rows] == ["eager", "traced"]
-    assert all(
-        row["passes"] > 0 and row["machine"] and row["versions"] and row["date"] for row in rows
-    )
-    assert (
-        len(measure("iteration", *arguments)) == 2
-    )  # a new measurement takes the place of the old one
+    assert all(row["passes"] > 0 for row in rows)
+    assert all(row["machine"] and row["versions"] and row["date"] for row in rows)
 
 
 def test_memory_is_measured_whole_and_in_chunks(measure):
-    rows = measure(
-        "memory", "--batch-size", "2", "--image-size", "32", "--chunks", "0", "1", "--threads", "1"
-    )
-    assert [(row["engine"], row["chunk size"]) for row in rows] == [
-        ("traced", 2),
-        ("traced", 1),
-        ("eager", 2),
-    ]
+    options = "--batch-size 2 --image-size 32 --chunks 0 1 --threads 1"
+    rows = measure("memory", *options.split())
+    measured = [(row["engine"], row["chunk size"]) for row in rows]
+    assert measured == [("traced", 2), ("traced", 1), ("eager", 2)]
 
 
 def test_the_page_of_engines_holds_what_is_measured(monkeypatch):

@@ -29,7 +29,7 @@ NEEDS = {  # the files that need an extra
     "figures.py": "notebooks",
     "explorer.py": "notebooks",
     "reproduce.py": "notebooks",
-    "experiments/arms.py": "notebooks",
+    "experiments/show.py": "notebooks",
     "federation/defenses.py": "dp",
     "data/photographs.py": "imagenet",
 }

@@ -15,10 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from gipip.errors import BatchSizeError, DataError
-from gipip.federation.models import last_linear
+from gipip.federation.models import Images, last_linear
 from gipip.files import DATA, read_tensors
 
-Images = Float[Tensor, "batch 3 height width"]
 PerImage = Float[Tensor, "batch"]
 
 _SMALLEST = {"ssim": 6, "lpips": 31}

@@ -103,7 +103,9 @@ def beside_published(chart: str, named: Mapping[Any, Results], here: str) -> Fig
     frame = labelled(chart, named).rename(columns={"arm": "anomaly score"})
     frame = frame[frame["anomaly score"].isin(["without", "with"])]
     titles = ("published: ImageNet 64×64, ResNet18", f"here: {here}, equal λTV")
-    return published_bars(frame, published(chart), titles, AXES.get(chart))
+    drawn = (chart, "ssim", "anomaly score")
+    label = AXES.get(chart)
+    return published_bars(frame, published(chart), *drawn, titles=titles, xlabel=label)
 
 
 def forest(claims: Iterable[Claim], metric: str) -> Figure:

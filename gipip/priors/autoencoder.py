@@ -95,7 +95,7 @@ class AnomalyScore(Prior):
         """The same autoencoder with another c, e.g. 0, or 0.001 as GI-PIP released it
         for CIFAR-10.
         """
-        return AnomalyScore(self.autoencoder, offset, self.provenance)
+        return AnomalyScore(self.autoencoder, offset=offset, provenance=self.provenance)
 
 
 def load_prior(name: str = "cifar10") -> AnomalyScore:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, ParamSpec, Self, TypeVar
@@ -28,7 +29,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Network(nn.Module):
-    """A prior's network. `arguments`: those that build it."""
+    """What a prior is trained to be. `arguments`: those that build it again."""
 
     arguments: dict[str, int]
 
@@ -234,7 +235,11 @@ def validated(function: Callable[Arguments, Value]) -> Callable[Arguments, Value
         try:
             return checked(*args, **options)
         except ValidationError as error:
-            wrong = [f"{refused['loc'][-1]}: {refused['msg']}" for refused in error.errors()]
-            raise DataError(f"{function.__name__}: {'; '.join(wrong)}.") from None
+            wrong = "; ".join(map(_refusal, error.errors()))
+            raise DataError(f"{function.__qualname__}: {wrong}.") from None
 
     return call
+
+
+def _refusal(error: Mapping[str, Any]) -> str:
+    return f"{error['loc'][-1]}={reprlib.repr(error['input'])}: {error['msg']}"
