@@ -81,12 +81,10 @@ def test_training_on_a_few_dozen_real_images_lowers_the_validation_error(images)
 
 def test_the_offset_is_the_mean_error_on_held_out_images_which_no_step_has_seen(images):
     """Of two images one is held out; the other one alone decides the training loss."""
-    prior = train_autoencoder(images[:2], steps=100, batch_size=16)
+    prior = train_autoencoder(images[:2], steps=20)
     history = prior.provenance["history"]
     assert prior.offset == pytest.approx(history["validation"][0], rel=1e-4)
     assert min(abs(prior.offset - error) for error in prior.errors(images[:2].images)) < 1e-6
-    larger = train_autoencoder(images, steps=100, validation_fraction=0.5).provenance
-    assert larger["settings"]["validation_fraction"] == 0.5
 
 
 def test_sides_that_cannot_be_halved_as_often_are_neither_trained_on_nor_scored():

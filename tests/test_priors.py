@@ -1,5 +1,7 @@
 """What every prior does: its course of training, its files, and what it refuses."""
 
+import itertools
+
 import pytest
 import safetensors.torch
 import torch
@@ -201,17 +203,18 @@ def test_other_settings_or_images_are_another_training(train, images, tmp_path):
 
 
 def test_an_interrupted_training_says_so_and_is_not_stored(images, tmp_path, monkeypatch):
-    settings = {**SMALL[train_autoencoder], "steps": 3, "store": tmp_path}
-    scores = AnomalyScore.forward
+    calls, forward = itertools.count(), Autoencoder.forward
 
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
+    def interrupted(network, batch):
+        if next(calls) == 1:  # in the second step
+            raise KeyboardInterrupt
+        return forward(network, batch)
 
-    monkeypatch.setattr(Autoencoder, "forward", interrupt)
-    with pytest.raises(KeyboardInterrupt):  # in the calibration, where nothing is kept
-        train_autoencoder(images, **settings)
-    monkeypatch.undo()
-    assert AnomalyScore.forward is scores and not (tmp_path / "priors").exists()
+    monkeypatch.setattr(Autoencoder, "forward", interrupted)
+    prior = train_autoencoder(images, **SMALL[train_autoencoder], steps=3, store=tmp_path)
+    assert prior.provenance["interrupted"] and prior.provenance["history"]["step"] == [1]
+    assert prior.offset == pytest.approx(prior.provenance["history"]["validation"][0], rel=1e-4)
+    assert not (tmp_path / "priors").exists()
 
 
 # Files ----------------------------------------------------------------------------
@@ -286,7 +289,7 @@ def test_an_autoencoder_without_its_offset_and_the_file_of_another_prior_are_ref
 
 def test_a_safetensors_file_that_gipip_did_not_write_is_refused(saved, tmp_path):
     path = tmp_path / "foreign.safetensors"
-    safetensors.torch.save_file(saved[0].network.state_dict(), path)
+    safetensors.torch.save_file({"weights": torch.zeros(3)}, path)
     with pytest.raises(DamagedFileError, match="was not written by gipip"):
         type(saved[0]).load(path)
 

@@ -50,5 +50,6 @@ def auroc(natural: Float[Tensor, "m"], anomalous: Float[Tensor, "n"]) -> float:
     """
     from scipy.stats import mannwhitneyu  # slow to import
 
-    pairs = len(natural) * len(anomalous)
-    return float(mannwhitneyu(anomalous, natural, method="asymptotic").statistic / pairs)
+    higher, lower = anomalous.double(), natural.double()
+    wins = mannwhitneyu(higher, lower, method="asymptotic").statistic
+    return float(wins) / (len(natural) * len(anomalous))

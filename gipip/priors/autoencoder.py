@@ -183,7 +183,7 @@ class AutoencoderTraining(Training[AnomalyScore]):
 
 def _split(
     auxiliary: LabeledImages, validation_fraction: float, random: torch.Generator
-) -> tuple[Images, Images]:
+) -> tuple[Tensor, Tensor]:
     """Training and validation images, at least one of each."""
     count = len(auxiliary)
     order = torch.randperm(count, generator=random)

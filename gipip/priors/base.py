@@ -10,7 +10,7 @@ import copy
 import functools
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, ParamSpec, Self, TypeVar
 
