@@ -19,7 +19,8 @@ from torch import nn
 from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.data.photographs import list_folder, read
 from gipip.experiments.sweep import provenance
-from gipip.priors import train_autoencoder, train_generator
+from gipip.priors.autoencoder import train_autoencoder
+from gipip.priors.gan import train_generator
 
 ANIMALS, VEHICLES = (2, 3, 4, 5, 6, 7), (0, 1, 8, 9)
 COUNT = 1_900

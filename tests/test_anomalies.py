@@ -5,6 +5,7 @@ import torch
 
 import gipip
 from gipip.attacks.objectives import total_variation
+from gipip.errors import DataError
 from gipip.evaluation.anomalies import anomalies, auroc
 
 
@@ -46,6 +47,21 @@ def test_auroc_counts_the_pairs_in_which_the_anomaly_scores_higher():
     assert auroc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0])) == pytest.approx(0.75)
     assert auroc(torch.tensor([-1e-6, 5e3]), torch.tensor([1e4])) == 1
     assert auroc(torch.tensor([1.0]), torch.tensor([1.0])) == pytest.approx(0.5)
+
+
+def test_auroc_is_the_share_of_pairs_to_the_last_digit_with_ties_and_without():
+    random = torch.Generator().manual_seed(0)
+    natural, anomalous = (torch.randint(0, 9, (n,), generator=random) / 8.0 for n in (37, 23))
+    for found in ((natural, anomalous), (natural + torch.rand(37, generator=random), anomalous)):
+        pairs = torch.cartesian_prod(*found)
+        wins = (pairs[:, 1] > pairs[:, 0]).double() + (pairs[:, 1] == pairs[:, 0]).double() / 2
+        assert auroc(*found) == pytest.approx(wins.mean().item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_an_impossible_seed_is_refused(natural, seed):
+    with pytest.raises(DataError, match="anomalies: seed="):
+        anomalies(natural, seed=seed)
 
 
 def test_the_shipped_prior_scores_noise_and_blurred_images_as_anomalies_with_its_calibrated_offset(

@@ -10,7 +10,7 @@ from gipip.experiments.claims import collect_claims, save_claims
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run
 from gipip.experiments.store import Result
-from gipip.priors import load_prior
+from gipip.priors.autoencoder import load_prior
 
 METRICS = {"psnr": [20.0, 22.0], "ssim": [0.5, 0.7], "lpips": [0.1, 0.2]}
 

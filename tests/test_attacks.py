@@ -22,7 +22,7 @@ from gipip.evaluation.metrics import psnr
 from gipip.federation.client import Client, FedAvg
 from gipip.federation.defenses import Clipping, GaussianNoise, Sparsification
 from gipip.federation.models import build_model, client_model, model_fingerprint
-from gipip.priors import AnomalyScore, Autoencoder, load_prior
+from gipip.priors.autoencoder import AnomalyScore, Autoencoder, load_prior
 
 
 @pytest.fixture(scope="module")

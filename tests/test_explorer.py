@@ -15,7 +15,7 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.data.datasets import load_dataset
 from gipip.explorer import Explorer, explore, picture
-from gipip.priors import load_prior
+from gipip.priors.autoencoder import load_prior
 
 
 @pytest.fixture

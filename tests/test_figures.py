@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.container import BarContainer
 
 from gipip import figures
+from gipip.errors import DataError
 from gipip.evaluation.published import published
 from gipip.evaluation.statistics import Interval, bootstrap_interval
 from gipip.files import DATA
@@ -477,7 +478,7 @@ def test_published_file_says_where_its_numbers_are_from():
 
 def test_an_unknown_published_chart_is_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match="no chart over 'momentum'. Known: batch size, noise, sparsity, epochs"
+        DataError, match="no chart over 'momentum'. Known: batch size, noise, sparsity, epochs"
     ):
         published("momentum")
 

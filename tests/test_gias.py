@@ -17,7 +17,7 @@ from gipip.errors import UpdateError
 from gipip.evaluation.metrics import psnr
 from gipip.federation.client import Client
 from gipip.federation.models import client_model, model_fingerprint
-from gipip.priors import GenerativePrior, Generator
+from gipip.priors.gan import GenerativePrior, Generator
 
 
 @pytest.fixture(scope="module")

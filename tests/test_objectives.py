@@ -16,7 +16,7 @@ from gipip.data.datasets import load_dataset
 from gipip.federation.client import Client, FedAvg
 from gipip.federation.defenses import Sparsification
 from gipip.federation.models import build_model
-from gipip.priors import AnomalyScore, Autoencoder
+from gipip.priors.autoencoder import AnomalyScore, Autoencoder
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gipip
-from gipip.priors import GenerativePrior, Generator
+from gipip.priors.gan import GenerativePrior, Generator
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU"

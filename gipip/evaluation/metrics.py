@@ -1,165 +1,172 @@
 """How close reconstructions come to the private images.
 
-Only here is the ground truth seen. Everything is computed on the CPU, image by image, on images
-clamped to [0, 1].
+Only this module sees the ground truth. Everything is computed on the CPU, image by
+image, on images clamped to [0, 1].
 """
 
 import copy
 import warnings
 from functools import cache
-from importlib.resources import files as package_files
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gipip.errors import BatchSizeError
+from gipip.errors import BatchSizeError, DataError
 from gipip.federation.models import Images, last_linear
 from gipip.files import DATA, read_tensors
 
 PerImage = Float[Tensor, "batch"]
-_LPIPS_SIDE = 32  # pixels that AlexNet needs at least
+
+_SMALLEST = {"ssim": 6, "lpips": 31}
+"""Pixels a side: SSIM's window mirrors five at each border, AlexNet's poolings shrink
+the rest.
+"""
 
 
-def evaluate(reconstruction, batch, model: nn.Module | None = None) -> pd.DataFrame:
+def evaluate(reconstruction: Any, batch: Any, model: nn.Module | None = None) -> pd.DataFrame:
     """How well each private image was reconstructed: one row per image of `batch`.
 
-    `reconstruction` and `batch`: images in [0, 1], or anything that holds them as `.images`.
-    Columns: `image` (index in the batch), `matched` (index of the reconstruction assigned to it),
-    `psnr`, `ssim`, `lpips` (nan, with a warning, for images of fewer than 32 pixels a side) and, if
-    a model is given, `feature_mse`. One assignment serves all metrics (see `match`). Raises
-    BatchSizeError for different numbers of images, ValueError for unusable images.
+    `reconstruction` and `batch`: images in [0, 1], or anything that holds them as
+    `.images`. Columns: `image` (index in the batch), `matched` (index of the
+    reconstruction assigned to it), `psnr`, `ssim`, `lpips` and, if a model is given,
+    `feature_mse`. One assignment serves all metrics (see `match`). Images too small for
+    `ssim` (under 6×6) or `lpips` (under 31×31) get NaN there, with one warning. Raises
+    BatchSizeError for different numbers of images, DataError for unusable ones.
     """
     images, truth = _checked(reconstruction, "reconstruction"), _checked(batch, "batch")
     if len(images) != len(truth):
-        raise BatchSizeError(
-            f"{len(images)} reconstructed images cannot be matched one to one with {len(truth)} "
-            "private ones."
-        )
+        counts = f"{len(images)} reconstructed images cannot be matched one to one with"
+        raise BatchSizeError(f"{counts} {len(truth)} private ones.")
     if images.shape != truth.shape:
         shapes = f"{tuple(images.shape[1:])} for private ones of shape {tuple(truth.shape[1:])}"
-        raise ValueError(f"Reconstructed images of shape {shapes}.")
+        raise DataError(f"Reconstructed images of shape {shapes}. Expected the same.")
     matched = match(images, truth)
-    images = images[matched]
-    columns = {
-        "matched": matched,
-        "psnr": psnr(images, truth),
-        "ssim": ssim(images, truth),
-        "lpips": _lpips_or_nan(images, truth),
-    }
+    columns = {"matched": matched, **_measured(images[matched], truth)}
     if model is not None:
-        columns["feature_mse"] = feature_mse(model, images, truth)
-    values = {name: column.numpy() for name, column in columns.items()}
-    return pd.DataFrame({"image": range(len(truth)), **values})
+        columns["feature_mse"] = feature_mse(model, images[matched], truth)
+    table = {"image": range(len(truth))} | {name: each.numpy() for name, each in columns.items()}
+    return pd.DataFrame(table)
 
 
-def _checked(source, role: str) -> Tensor:
+def _measured(images: Images, truth: Images) -> dict[str, PerImage]:
+    side = min(truth.shape[-2:])
+    unknown = [name for name, smallest in _SMALLEST.items() if side < smallest]
+    if unknown:
+        warnings.warn(f"Too small, {side} pixels, for {' and '.join(unknown)}: NaN.", stacklevel=3)
+    metrics = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+    nothing = torch.full((len(truth),), torch.nan)
+    return {
+        name: nothing if name in unknown else metric(images, truth)
+        for name, metric in metrics.items()
+    }
+
+
+def _checked(source: Any, role: str) -> Images:
     images = getattr(source, "images", source)
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         expected = "images as a tensor of shape (batch, 3, height, width)"
-        raise ValueError(f"The {role} must hold {expected}; found {found}.")
+        raise DataError(f"The {role} must hold {expected}; found {found}.")
+    if not images.numel():
+        raise DataError(f"The {role} holds no images: {tuple(images.shape)}. Give at least one.")
     if not torch.isfinite(images).all():
-        advice = "There is nothing to measure: look at the attack's cost history."
-        raise ValueError(f"The {role} holds NaN or infinite values. {advice}")
+        nothing = "there is nothing to measure. Look at the attack's cost history"
+        raise DataError(f"The {role} holds NaN or infinite values: {nothing}.")
     low, high = images.min().item(), images.max().item()
     if low < -1e-4 or high > 1 + 1e-4:
-        raise ValueError(
-            f"The {role} has values from {low:.3g} to {high:.3g}; expected images in [0, 1]. "
-            "Undo the normalisation first."
-        )
+        expected = "expected images in [0, 1]. Undo the normalisation first"
+        raise DataError(f"The {role} has values from {low:.3g} to {high:.3g}; {expected}.")
     return _prepared(images)
 
 
-def _prepared(images: Tensor) -> Tensor:
+def _prepared(images: Tensor) -> Images:
     return images.detach().to("cpu", torch.float32).clamp(0, 1)
 
 
 def match(images: Images, truth: Images) -> Int[Tensor, "batch"]:
-    """The one-to-one assignment of least total MSE: `images[match(images, truth)]` fits `truth`.
+    """The one-to-one assignment of least total MSE: `images[match(images, truth)]` is
+    aligned to `truth`.
 
-    A gradient does not tell the order of a batch. Taking the best reconstruction for every image
-    with replacement would flatter an attack.
+    A gradient does not tell the order of a batch. Taking the best reconstruction for
+    every image with replacement would flatter an attack.
     """
-    from scipy.optimize import linear_sum_assignment  # takes a moment to import
+    from scipy.optimize import linear_sum_assignment  # slow to import
 
-    ours, private = (_prepared(batch).flatten(1).double() for batch in (images, truth))
-    return torch.from_numpy(linear_sum_assignment(torch.cdist(private, ours).square())[1])
+    pixels, expected = (_prepared(each).flatten(1).double() for each in (images, truth))
+    return torch.from_numpy(linear_sum_assignment(torch.cdist(expected, pixels).square())[1])
 
 
 def psnr(images: Images, truth: Images) -> PerImage:
-    """Peak signal-to-noise ratio per image in dB, data range 1.
-
-    At most 100 dB, which identical images get, so that means stay finite.
+    """Peak signal-to-noise ratio per image in dB, data range 1; at most 100 dB, which
+    identical images get, so that means stay finite.
     """
     mse = (_prepared(images) - _prepared(truth)).square().mean((1, 2, 3))
     return -10 * mse.clamp(min=1e-10).log10()
 
 
 def ssim(images: Images, truth: Images) -> PerImage:
-    """Structural similarity per image (Wang et al. 2004: 11×11 Gaussian window, σ 1.5), data range
-    1; 1 for identical images.
+    """Structural similarity per image (Wang et al. 2004: 11×11 Gaussian window, σ 1.5),
+    data range 1; 1 for identical images. DataError under 6×6 pixels.
     """
-    # Takes seconds to import.
-    from torchmetrics.functional.image import structural_similarity_index_measure as similarity
+    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
 
-    # In float32 flat areas would lose three digits.
-    pair = _prepared(images).double(), _prepared(truth).double()
-    found = similarity(*pair, data_range=1.0, reduction="none")
-    assert isinstance(found, Tensor), "without options it is a tensor"
-    return found.reshape(-1).float()
+    _require_size("ssim", images)
+    # in float32 flat areas lose three digits
+    images, truth = _prepared(images).double(), _prepared(truth).double()
+    found = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
+    return torch.as_tensor(found).reshape(-1).float()
 
 
 @torch.no_grad()
 def lpips(images: Images, truth: Images) -> PerImage:
-    """LPIPS distance per image (Zhang et al. 2018, AlexNet, version 0.1); 0 for identical images,
-    lower is better.
+    """LPIPS distance per image (Zhang et al. 2018, AlexNet, version 0.1); 0 for
+    identical images, lower is better. DataError under 31×31 pixels.
 
-    Images in [0, 1]; they are mapped to the [−1, 1] that the network expects. Raises ValueError for
-    fewer than 32 pixels a side.
+    Of images in [0, 1]; they are mapped to the [−1, 1] that the network expects.
     """
-    if min(images.shape[-2:]) < _LPIPS_SIDE:
-        size = "×".join(map(str, images.shape[-2:]))
-        raise ValueError(f"LPIPS is defined from 32×32 pixels on; these images have {size}.")
-    parts = zip(_prepared(images).split(64), _prepared(truth).split(64), strict=True)
-    found = [_lpips_network()(*pair, normalize=True).reshape(-1) for pair in parts]
-    return torch.cat(found)  # 64 at a time bounds the memory
+    _require_size("lpips", images)
+    network = _lpips_network()
+    # 64 at a time bounds the memory
+    pairs = zip(_prepared(images).split(64), _prepared(truth).split(64), strict=True)
+    return torch.cat([network(*pair, normalize=True).reshape(-1) for pair in pairs])
 
 
-def _lpips_or_nan(images: Images, truth: Images) -> PerImage:
-    try:
-        return lpips(images, truth)
-    except ValueError as error:
-        warnings.warn(f"{error} The column lpips is nan.", stacklevel=3)
-        return torch.full((len(images),), torch.nan)
+def _require_size(metric: str, images: Images) -> None:
+    if min(images.shape[-2:]) < _SMALLEST[metric]:
+        found = "×".join(map(str, images.shape[-2:]))
+        needed = f"of at least {_SMALLEST[metric]} pixels a side, not {found}"
+        raise DataError(f"{metric} needs images {needed}. Enlarge them, or use psnr.")
 
 
 @cache
 def _lpips_network() -> nn.Module:
-    """The official network: linear heads from the package `lpips`, AlexNet from gipip's data;
-    nothing is downloaded.
+    """The official network: linear heads from the package `lpips`, AlexNet from gipip's
+    data; nothing is downloaded.
     """
     from lpips import LPIPS
 
-    with torch.device("meta"), warnings.catch_warnings():  # draws no weights
-        warnings.simplefilter("ignore", UserWarning)  # torchvision deprecates what lpips calls
-        network = LPIPS(pretrained=False, pnet_rand=True, verbose=False)
-    heads = package_files("lpips") / "weights/v0.1/alex.pth"
-    weights = torch.load(str(heads), map_location="cpu", weights_only=True)
-    trunk, _ = read_tensors(DATA / "lpips-alexnet-trunk.safetensors")
-    for layer, place in {0: "1.0", 3: "2.3", 6: "3.6", 8: "4.8", 10: "5.10"}.items():
-        for kind in ("weight", "bias"):
-            weights[f"net.slice{place}.{kind}"] = trunk[f"features.{layer}.{kind}"]
-    # Not strict, as the heads have a second name, lins.*; what is missing would fail on "meta".
-    network.load_state_dict(weights, strict=False, assign=True)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # lpips uses torchvision's deprecated argument `pretrained`
+        warnings.simplefilter("ignore", UserWarning)
+        network = LPIPS(pnet_rand=True, verbose=False)
+    weights, _ = read_tensors(DATA / "lpips-alexnet-trunk.safetensors")
+    slices = {0: "slice1", 3: "slice2", 6: "slice3", 8: "slice4", 10: "slice5"}
+    trunk = {
+        f"{slices[layer]}.{layer}.{kind}": weights[f"features.{layer}.{kind}"]
+        for layer in slices
+        for kind in ("weight", "bias")
+    }
+    network.net.load_state_dict(trunk)
     return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def feature_mse(model: nn.Module, images: Images, truth: Images) -> PerImage:
-    """Mean squared error per image of the features that enter the model's last linear layer, in
-    eval mode; the model is left as it is.
+    """Mean squared error per image of the features that enter the model's last linear
+    layer, in eval mode; the model is left as it is.
 
     Raises ModelError for a model without a linear layer.
     """

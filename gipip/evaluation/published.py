@@ -1,9 +1,11 @@
 """What the paper published, to set beside what is measured here: `data/published.json`."""
 
 import json
+from typing import Any
 
 import pandas as pd
 
+from gipip.errors import DataError
 from gipip.files import DATA
 
 
@@ -13,11 +15,11 @@ def published(chart: str) -> pd.DataFrame:
 
     Columns: the chart's name, `anomaly score` ("without", "with") and `ssim`. The bars
     were measured from the charts of Sun et al., GI-PIP, ICASSP 2024: ImageNet 64×64, B
-    = 1 where B is not the axis. Raises ValueError for any other chart.
+    = 1 where B is not the axis. Raises DataError for any other chart.
     """
-    charts = json.loads((DATA / "published.json").read_text(encoding="utf-8"))["charts"]
+    charts = _published()["charts"]
     if chart not in charts:
-        raise ValueError(f"The paper has no chart over {chart!r}. Known: {', '.join(charts)}.")
+        raise DataError(f"The paper has no chart over {chart!r}. Known: {', '.join(charts)}.")
     table = pd.DataFrame(charts[chart]).rename(columns={"values": chart})
     return table.melt(chart, ["without", "with"], var_name="anomaly score", value_name="ssim")
 
@@ -26,4 +28,8 @@ def published_psnr() -> float:
     """The paper's headline in dB: GI-PIP's mean PSNR on ImageNet with auxiliary data
     worth 3.8 % of it.
     """
-    return json.loads((DATA / "published.json").read_text(encoding="utf-8"))["psnr"]["value"]
+    return _published()["psnr"]["value"]
+
+
+def _published() -> dict[str, Any]:
+    return json.loads((DATA / "published.json").read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from gipip.experiments.claims import Claim, compare
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
-from gipip.priors import AnomalyScore
+from gipip.priors.autoencoder import AnomalyScore
 
 CLAIMS = (
     "1 The anomaly score improves inversion",

@@ -28,7 +28,7 @@ from gipip.experiments.claims import Claim, save_claims
 from gipip.experiments.results import Results
 from gipip.experiments.sweep import sweep
 from gipip.figures import image_grid, paired_effect, published_bars, save_figure, use_style
-from gipip.priors import AnomalyScore
+from gipip.priors.autoencoder import AnomalyScore
 
 Images = Float[Tensor, "batch 3 height width"]
 
