@@ -2,7 +2,7 @@
 them, and with gipip's settings.
 
     python benchmarks/quality.py     # about twenty minutes on two quiet cores
-    python benchmarks/quality.py --model lenet --images 1 --released 50 --counts 20   # does it work?
+    python benchmarks/quality.py --model lenet --images 1 --released 50 --counts 20  # a try
 
 Single private images of CIFAR-10 (B = 1), untrained client in eval mode, one CPU thread
 an attack. The released attacks run with the double backward that public implementations

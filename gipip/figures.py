@@ -1,5 +1,5 @@
-"""The figures of gipip in one style, and their files: picture (PNG), vector (PDF) and the numbers
-drawn (CSV).
+"""The figures of gipip in one style, and their files: picture (PNG), vector (PDF) and
+the numbers drawn (CSV).
 """
 
 import itertools
@@ -35,7 +35,7 @@ LABELS = {
 }
 """Axis labels of the metrics; any other column is labelled with its name."""
 
-Scale = Literal["category", "log", "symlog"]
+Scale = Literal["category", "log"]
 
 _GAP = 2  # pixels between images
 _MARKERS = "osD^vPX"
@@ -45,8 +45,8 @@ _MARKERS = "osD^vPX"
 
 
 def use_style() -> None:
-    """Set the one style of all figures for this session: colour-blind-safe palette, 8 to 9 point
-    type, light grid.
+    """Set the one style of all figures for this session: colour-blind-safe palette, 8 to
+    9 point type, light grid.
     """
     rc = {
         "grid.linewidth": 0.5,
@@ -80,12 +80,13 @@ def save_figure(
     data: pd.DataFrame | None = None,
     folder: Path | str = "figures",
 ) -> FigureFiles:
-    """Write `name`.png, `name`.pdf and `name`.csv to `folder`, each whole or not at all; equal
-    figures give equal bytes.
+    """Write `name`.png, `name`.pdf and `name`.csv to `folder`, each whole or not at all;
+    equal figures give equal bytes.
 
-    `figure`: by default the current one. `data`: the numbers drawn, by default those that a
-    function of this module attached to its figure; for a picture grid pass the metrics. Raises
-    ValueError without numbers, OSError when the folder cannot be written.
+    `figure`: by default the current one. `data`: the numbers drawn, by default those
+    that a function of this module attached to its figure; for a picture grid pass the
+    metrics. Raises ValueError without numbers, OSError when the folder cannot be
+    written.
     """
     figure = figure or plt.gcf()
     data = getattr(figure, "data_drawn", None) if data is None else data
@@ -118,9 +119,9 @@ def image_grid(
 ) -> Figure:
     """Images in [0, 1] in labelled rows of equally many, every pixel shown as it is.
 
-    `captions`: for any of the rows a text under each of its images, such as "18.9 dB". `titles`: a
-    text over each column. `width` in inches; an image is at most an inch wide. Raises ValueError
-    for rows of different length.
+    `captions`: for any of the rows a text under each of its images, such as "18.9 dB".
+    `titles`: a text over each column. `width` in inches; an image is at most an inch
+    wide. Raises ValueError for rows of different length.
     """
     lengths = [len(images) for images in rows.values()]
     if len(set(lengths)) != 1 or not lengths[0]:
@@ -161,8 +162,8 @@ def _show(
 
 
 def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """Each term of the cost in a panel, over the iterations of one or more attacks, on logarithmic
-    axes.
+    """Each term of the cost in a panel, over the iterations of one or more attacks, on
+    logarithmic axes.
 
     `histories`: for each attack its `Reconstruction.history`.
     """
@@ -189,8 +190,8 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
 def interval_bars(
     frame: pd.DataFrame, x: str, y: str, hue: str, width: float = COLUMN, xlabel: str | None = None
 ) -> Figure:
-    """Bars of the mean of column `y` for each value of `x`, in one colour for each value of `hue`,
-    with 95 % bootstrap intervals over independent batches (column `batch`).
+    """Bars of the mean of column `y` for each value of `x`, in one colour for each value
+    of `hue`, with 95 % bootstrap intervals over independent batches (column `batch`).
 
     Raises ValueError for missing values.
     """
@@ -204,11 +205,11 @@ def interval_bars(
 def interval_lines(
     frame: pd.DataFrame, x: str, y: str, hue: str, width: float = COLUMN, xscale: Scale = "category"
 ) -> Figure:
-    """As `interval_bars`, with a line for each value of `hue`; the lines stand three points apart,
-    so that error bars do not hide each other.
+    """As `interval_bars`, with a line for each value of `hue`; the lines stand three
+    points apart, so that error bars do not hide each other.
 
-    `xscale`: "category" spaces the values of `x` equally; "log" or "symlog" is a logarithmic axis
-    that has a place for 0 too, with a tick at each value. Raises ValueError for missing values.
+    `xscale`: "category" spaces the values of `x` equally; "log" is a logarithmic axis,
+    with a tick at each value and a place for 0. Raises ValueError for missing values.
     """
     table = _intervals(frame, x, y, hue)
     figure, (axes,) = _panels(width, 2.6)
@@ -226,12 +227,12 @@ def published_bars(
     titles: tuple[str, str],
     xlabel: str | None = None,
 ) -> Figure:
-    """A chart of the paper (left) beside that of `frame` (right, as `interval_bars`), on one scale;
-    `titles` name the settings.
+    """A chart of the paper (left) beside that of `frame` (right, as `interval_bars`), on
+    one scale; `titles` name the settings.
 
-    `published`: columns `x`, `hue` and `y`, a row for each bar (see `gipip.evaluation.published`).
-    Both panels have all values of `x`, ascending if they are numbers, with a gap where a panel has
-    no bar.
+    `published`: columns `x`, `hue` and `y`, a row for each bar (see
+    `gipip.evaluation.published`). Both panels have all values of `x`, ascending if they
+    are numbers, with a gap where a panel has no bar.
     """
     here = _intervals(frame, x, y, hue)
     tables = {titles[0]: published[[x, hue, y]].rename(columns={y: "mean"}), titles[1]: here}
@@ -250,12 +251,13 @@ def published_bars(
 
 
 def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, hue: str) -> Figure:
-    """A numbered point for each row of `frame` at columns `x` and `y`, such as privacy and
-    utility; the legend has the text of column `label` beside each number.
+    """A numbered point for each row of `frame` at columns `x` and `y`, such as privacy
+    and utility; the legend has the text of column `label` beside each number.
 
-    `hue`: the column that gives the colour. Error bars, in either direction, are 95 % bootstrap
-    intervals, whose ends are read from the columns "{x}_low", "{x}_high", "{y}_low", "{y}_high"
-    where there are any; nan means none. Raises ValueError for missing values.
+    `hue`: the column that gives the colour. Error bars, in either direction, are 95 %
+    bootstrap intervals, whose ends are read from the columns "{x}_low", "{x}_high",
+    "{y}_low", "{y}_high" where there are any; nan means none. Raises ValueError for
+    missing values.
     """
     _require_values(frame, x, y, label, hue)
     colors = _colors(frame[hue])
@@ -278,11 +280,11 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, hue: str) -> Figur
 
 
 def heatmap(frame: pd.DataFrame, rows: str, columns: str, value: str, *, label: str) -> Figure:
-    """The mean of column `value` for each pair of values of `rows` and `columns`, as numbers on
-    colours; the highest mean is outlined.
+    """The mean of column `value` for each pair of values of `rows` and `columns`, as
+    numbers on colours; the highest mean is outlined.
 
-    `label` names the value with its unit, beside the colour bar. Pairs without a row stay blank.
-    Raises ValueError for missing values.
+    `label` names the value with its unit, beside the colour bar. Pairs without a row
+    stay blank. Raises ValueError for missing values.
     """
     _require_values(frame, rows, columns, value)
     table = frame.groupby([rows, columns])[value].agg(["mean", "count"]).reset_index()
@@ -300,11 +302,11 @@ def heatmap(frame: pd.DataFrame, rows: str, columns: str, value: str, *, label: 
 
 
 def paired_effect(effects: Mapping[str, Interval], label: str, decimals: int = 2) -> Figure:
-    """A forest plot of paired differences (see `paired_difference`): mean, 95 % bootstrap
-    interval, and a line at no difference.
+    """A forest plot of paired differences (see `paired_difference`): mean, 95 %
+    bootstrap interval, and a line at no difference.
 
-    `label` says what the difference is, with its unit, such as "PSNR gain by the anomaly score
-    (dB)". Raises ValueError without effects, or for one that is nan.
+    `label` says what the difference is, with its unit, such as "PSNR gain by the anomaly
+    score (dB)". Raises ValueError without effects, or for one that is nan.
     """
     table = pd.DataFrame([{"effect": name} | effects[name]._asdict() for name in effects])
     _require_values(table, "effect", "mean")
@@ -336,8 +338,8 @@ def _with_numbers(figure: Figure, table: pd.DataFrame) -> Figure:
 
 
 def _intervals(frame: pd.DataFrame, x: str, y: str, hue: str) -> pd.DataFrame:
-    """The Interval of `y` for each pair of values of `x` and `hue`, a row each, in the order of
-    the frame.
+    """The Interval of `y` for each pair of values of `x` and `hue`, a row each, in the
+    order of the frame.
     """
     _require_values(frame, x, y, hue, "batch")
     return pd.DataFrame(
@@ -384,8 +386,8 @@ def _text(value: object) -> str:
 
 
 def _reach(table: pd.DataFrame) -> tuple:
-    """Lengths of error bars below and above the mean: nan (not drawn) without an interval; clipped
-    because rounding can make them negative.
+    """Lengths of error bars below and above the mean: nan (not drawn) without an
+    interval; clipped because rounding can make them negative.
     """
     mean = table["mean"]
     return (mean - table["low"]).clip(lower=0), (table["high"] - mean).clip(lower=0)

@@ -12,6 +12,7 @@ from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
 from gipip.files import write_tensors
 from gipip.priors import AnomalyScore, Autoencoder, load_prior, train_autoencoder
 from gipip.priors import autoencoder as module
+from gipip.priors.gan import train_generator
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_the_score_never_trains_the_autoencoder():
 def test_training_on_a_few_dozen_real_images_lowers_the_validation_error(images):
     prior = train_autoencoder(images, steps=300, batch_size=16)
     errors = prior.provenance["history"]["validation"]
-    untrained = AnomalyScore(module._untrained(12, 3, 0)).errors(images.images).mean().item()
+    untrained = AnomalyScore(Autoencoder(12, 3)).errors(images.images).mean().item()
     assert prior.provenance["history"]["step"] == [100, 200, 300]
     assert errors[-1] < errors[0] < untrained and errors[-1] < 0.5 * untrained
 
@@ -125,7 +126,7 @@ def test_the_weights_of_the_lowest_validation_error_are_kept_and_patience_ends_t
 
 def test_a_training_that_diverges_is_an_error_and_not_a_prior(images):
     with pytest.raises(GipipError, match="diverged.*smaller learning_rate"):
-        train_autoencoder(images, steps=5, learning_rate=float("inf"))
+        train_autoencoder(images, steps=5, learning_rate=1e30)
 
 
 def test_too_few_images_or_sides_that_cannot_be_halved_are_refused(images):
@@ -255,7 +256,7 @@ def test_a_safetensors_file_that_gipip_did_not_write_is_refused(tmp_path):
         AnomalyScore.load(tmp_path / "foreign.safetensors")
 
 
-def test_the_prior_that_ships_was_trained_on_the_embedded_auxiliary_images_and_knows_natural_images():
+def test_the_prior_that_ships_was_trained_on_the_auxiliary_images_and_knows_natural_images():
     data, prior = load_dataset("cifar10"), load_prior("cifar10")
     assert prior.provenance["data"] == data.auxiliary().fingerprint
     natural, noise = (
@@ -281,3 +282,23 @@ def test_images_whose_sides_cannot_be_halved_as_often_are_neither_scored_nor_att
     with pytest.raises(UpdateError, match=reason):
         score.check((3, height, width))
     score.check((3, 2**depth, 3 * 2**depth))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": -1},
+        {"steps": 0},
+        {"width": 0},
+        {"batch_size": 0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": -0.1},
+        {"seed": -1},
+        {"seed": 2**63},
+    ],
+)
+def test_a_setting_that_nothing_can_be_trained_with_is_refused_by_name(settings):
+    auxiliary = load_dataset("cifar10").auxiliary(0.001)
+    for train in (train_autoencoder, train_generator):
+        with pytest.raises(DataError, match=f"{next(iter(settings))}=.* cannot be trained with"):
+            train(auxiliary, **settings)

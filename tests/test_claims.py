@@ -117,7 +117,7 @@ def test_the_table_shown_is_the_table_collected(tmp_path):
             [a_claim(), a_claim(metric="ssim"), a_claim(images=8)],
             "the same twice: GIPIP − IG, B = 4 by psnr",
         ),
-        ("ablations", [a_claim()], "notebook's name such as '03_ablations'; found 1 claims of 'ablations'"),
+        ("ablations", [a_claim()], "notebook's name such as '03_ablations'.*of 'ablations'"),
     ],
 )
 def test_what_cannot_be_judged_once_and_collected_is_refused(name, claims, message, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.container import BarContainer
 
 from gipip import figures
 from gipip.evaluation.published import published
@@ -70,14 +71,19 @@ def defences():
 
 def error_bars(axes):
     """The ends of all error bars that are seen: (bars, 2 ends, 2 coordinates)."""
-    ends = np.concatenate(
-        [np.array(bars.get_segments()).reshape(-1, 2, 2) for bars in axes.collections]
-    )
-    return ends[np.isfinite(ends).all((1, 2))]
+    ends = [segment for part in axes.collections for segment in part.get_segments()]
+    seen = [each for each in ends if len(each) == 2 and np.isfinite(each).all()]
+    return np.array(seen).reshape(-1, 2, 2)
+
+
+def bars(axes):
+    """The bars of each arm that has a name."""
+    return [part for part in axes.containers if isinstance(part, BarContainer)]
 
 
 def heights(axes):
-    return [bar.get_height() for bar in axes.patches]
+    """Those of all bars, without the gaps."""
+    return [bar.get_height() for part in bars(axes) for bar in part if bar.get_height()]
 
 
 def line_figure():
@@ -125,41 +131,77 @@ def test_save_figure_names_the_folder_that_cannot_be_written(tmp_path):
         figures.save_figure("lines", *line_figure(), folder=tmp_path / "file")
 
 
-def test_a_figure_that_fails_to_save_leaves_the_old_files(tmp_path, monkeypatch):
-    before = figures.save_figure("lines", *line_figure(), folder=tmp_path).png.read_bytes()
-    monkeypatch.setattr(
-        pd.DataFrame, "to_csv", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
-    )
+def test_a_figure_that_fails_to_save_leaves_the_old_files(tmp_path):
+    class Unwritable(pd.DataFrame):
+        def to_csv(self, *_, **__):
+            raise OSError("disk full")
+
+    figure, numbers = line_figure()
+    before = figures.save_figure("lines", figure, numbers, folder=tmp_path).png.read_bytes()
+    figure.axes[0].set_title("another")
     with pytest.raises(OSError, match="disk full"):
-        figures.save_figure("lines", *line_figure(), folder=tmp_path, dpi=50)
+        figures.save_figure("lines", figure, Unwritable(numbers), folder=tmp_path)
     assert (tmp_path / "lines.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 3
 
 
-def test_image_grid_shows_every_pixel_of_every_image():
+def test_saved_files_show_as_one_short_line(tmp_path):
+    files = figures.save_figure("lines", *line_figure(), folder=tmp_path)
+    assert repr(files) == f"{tmp_path / 'lines.png'}, .pdf and .csv"
+
+
+def test_no_label_of_a_figure_drawn_by_hand_is_cut_off(tmp_path):
+    figure, numbers = line_figure()
+    figure.axes[0].set_ylabel("three\nlines of\ntext")
+    picture = plt.imread(figures.save_figure("lines", figure, numbers, folder=tmp_path).png)
+    edges = [picture[0], picture[-1], picture[:, 0], picture[:, -1]]
+    assert all((edge == 1).all() for edge in edges)
+
+
+def test_image_grid_shows_every_pixel_of_every_image_beside_its_names():
     rows = {"private": torch.rand(3, 3, 8, 8), "GI-PIP": torch.rand(3, 3, 8, 8)}
-    figure = figures.image_grid(
-        rows, captions={"GI-PIP": ["18.9 dB", "19.0 dB", "20.1 dB"]}, titles=["cat", "dog", "ship"]
-    )
-    shown = [axes.images[0] for axes in figure.axes]
-    expected = torch.cat(list(rows.values())).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_array_equal(np.stack([image.get_array() for image in shown]), expected)
-    assert {image.get_interpolation() for image in shown} == {"nearest"}
-    assert [axes.get_ylabel() for axes in figure.axes] == ["private", "", "", "GI-PIP", "", ""]
-    assert [axes.get_xlabel() for axes in figure.axes[3:]] == ["18.9 dB", "19.0 dB", "20.1 dB"]
+    captions, titles = {"GI-PIP": ["18.9 dB", "19.0 dB", "20.1 dB"]}, ["cat", "dog", "ship"]
+    figure = figures.image_grid(rows, captions, titles)
+    for axes, (row, images) in zip(figure.axes, rows.items(), strict=True):
+        (shown,) = axes.images
+        assert shown.get_interpolation() == "nearest"
+        assert [label.get_text() for label in axes.get_yticklabels()] == [row]
+        for column, image in zip(axes.get_xticks(), images, strict=True):
+            part = shown.get_array()[2:10, int(column - 3.5) : int(column + 4.5)]
+            np.testing.assert_array_equal(part, image.permute(1, 2, 0).numpy())
+    assert [text.get_text() for text in figure.axes[0].texts] == titles
+    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == captions["GI-PIP"]
+    assert figure.data_drawn["caption"].tolist() == ["", "", ""] + captions["GI-PIP"]
+
+
+def test_image_grid_clamps_and_shows_one_image():
+    figure = figures.image_grid({"private": torch.full((1, 3, 8, 8), 2.0)})
+    assert (figure.axes[0].images[0].get_array() == 1).all()
+    assert figure.axes[0].get_xticks().tolist() == [3.5]
 
 
 def test_image_grid_keeps_square_images_square_and_within_its_width():
-    figure = figures.image_grid({"private": torch.rand(16, 3, 8, 8)}, width=5.0)
-    boxes = [axes.get_position() for axes in figure.axes]
+    names = ["private", "a name that is\nlonger than others"]
+    figure = figures.image_grid({name: torch.rand(16, 3, 8, 8) for name in names}, width=5.0)
+    figure.canvas.draw()
     width, height = figure.get_size_inches()
     assert width <= 5 + 1e-9
-    assert {round(box.width * width / (box.height * height), 6) for box in boxes} == {1.0}
-    assert min(box.y0 for box in boxes) >= 0 and max(box.y1 for box in boxes) <= 1
+    for axes in figure.axes:
+        box, pixels = axes.get_window_extent(), axes.images[0].get_array().shape
+        assert box.width / box.height == pytest.approx(pixels[1] / pixels[0])
+    ink = figure.get_tightbbox()
+    assert min(ink.x0, ink.y0) >= 0 and ink.x1 <= width and ink.y1 <= height
 
 
-def test_image_grid_refuses_rows_of_different_length():
-    with pytest.raises(ValueError, match=r"\[2, 3\] images"):
-        figures.image_grid({"a": torch.rand(2, 3, 8, 8), "b": torch.rand(3, 3, 8, 8)})
+@pytest.mark.filterwarnings("error")
+def test_image_grid_raises_no_warning_where_a_session_has_the_style(tmp_path):
+    figures.image_grid({"private": torch.rand(2, 3, 8, 8)})
+    figures.save_figure("grid", folder=tmp_path)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (0, 0)])
+def test_image_grid_refuses_rows_of_different_length_and_empty_ones(first, second):
+    with pytest.raises(ValueError, match=rf"\[{first}, {second}\] images"):
+        figures.image_grid({"a": torch.rand(first, 3, 8, 8), "b": torch.rand(second, 3, 8, 8)})
 
 
 def test_cost_curves_draw_each_term_in_a_panel():
@@ -174,10 +216,9 @@ def test_cost_curves_draw_each_term_in_a_panel():
     assert figure.data_drawn["value"].tolist() == pytest.approx([1, 0.5, 0.2, 0.1, 2])
 
 
-def test_cost_curves_accept_a_single_cost():
-    assert figures.cost_curves({"DLG": torch.tensor([1.0, 0.1])}).data_drawn["term"].unique() == [
-        "cost"
-    ]
+def test_cost_curves_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="no costs to draw"):
+        figures.cost_curves({})
 
 
 @pytest.mark.filterwarnings("error")
@@ -190,244 +231,186 @@ def test_cost_curves_draw_a_term_of_weight_0_on_a_linear_axis():
 def test_interval_bars_draw_group_aware_intervals_in_the_order_of_the_table():
     frame = measurements()
     figure = figures.interval_bars(frame, "batch_size", "psnr", "arm")
-    numbers = figure.data_drawn
+    numbers, axes = figure.data_drawn, figure.axes[0]
     part = frame[(frame["batch_size"] == 8) & (frame["arm"] == "GI-PIP")]
     expected = bootstrap_interval(part["psnr"], groups=part["batch"])
     drawn = numbers[(numbers["batch_size"] == 8) & (numbers["arm"] == "GI-PIP")].iloc[0]
     assert drawn[["mean", "low", "high", "count"]].tolist() == pytest.approx(list(expected))
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["8", "1"]
-    assert heights(figure.axes[0]) == pytest.approx(
-        numbers.sort_values("arm", ascending=False)["mean"].tolist()
-    )
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "1"]
+    ordered = numbers.sort_values("arm", ascending=False)
+    assert heights(axes) == pytest.approx(ordered["mean"].tolist())
+    ends = ordered[["low", "high"]].to_numpy()
+    assert error_bars(axes)[:, :, 1] == pytest.approx(ends)
 
 
-def test_interval_bars_say_what_their_error_bars_are():
-    axes = figures.interval_bars(measurements(), "batch_size", "psnr", "arm").axes[0]
-    assert (
-        "95 % bootstrap interval" in axes.get_title()
-        and "4 independent batches" in axes.get_title()
-    )
+@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
+def test_intervals_are_said_to_be_what_they_are(draw):
+    axes = draw(measurements(), "batch_size", "psnr", "arm").axes[0]
+    assert axes.get_title() == "mean and 95 % bootstrap interval\n4 independent batches each"
     assert axes.get_ylabel() == "PSNR (dB), higher is better"
+    assert axes.get_xlabel() == "batch_size"
 
 
-def test_interval_bars_of_single_observations_have_no_error_bar():
-    frame = pd.DataFrame({"x": [1, 2], "arm": ["a", "a"], "ssim": [0.5, 0.6]})
-    figure = figures.interval_bars(frame, "x", "ssim", "arm", groups=None)
+@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
+def test_single_observations_have_no_error_bar(draw):
+    frame = pd.DataFrame({"x": [1, 2], "arm": ["a", "a"], "batch": [0, 0], "ssim": [0.5, 0.6]})
+    figure = draw(frame, "x", "ssim", "arm")
     assert figure.data_drawn["low"].isna().all() and not len(error_bars(figure.axes[0]))
-    assert figure.axes[0].get_title() == "bars: mean\none image each, no intervals"
+    assert figure.axes[0].get_title() == "mean\none batch each, no intervals"
 
 
-def test_an_interval_that_is_a_point_is_drawn_as_one():
+@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
+def test_an_interval_that_is_a_point_is_drawn_as_one(draw):
     frame = pd.DataFrame({"x": 1, "arm": "a", "batch": range(7), "ssim": 0.1})
-    for draw in (figures.interval_bars, figures.interval_lines):
-        assert error_bars(draw(frame, "x", "ssim", "arm").axes[0])[0, :, 1] == pytest.approx(
-            [0.1, 0.1]
-        )
+    (ends,) = error_bars(draw(frame, "x", "ssim", "arm").axes[0])
+    assert ends[:, 1] == pytest.approx([0.1, 0.1])
 
 
-@pytest.mark.parametrize("xscale", ["category", "linear", "log", "symlog"])
+@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda frame: frame.assign(psnr=np.nan), r"\['psnr'\] have missing or infinite"),
+        (lambda frame: frame.assign(psnr=np.inf), r"\['psnr'\] have missing or infinite"),
+        (lambda frame: frame.assign(arm=None), r"\['arm'\] have missing or infinite"),
+        (lambda frame: frame.drop(columns="batch"), "cannot be drawn from 72 rows with"),
+        (lambda frame: frame[:0], "cannot be drawn from 0 rows"),
+    ],
+)
+def test_what_a_figure_would_leave_out_is_refused(draw, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        draw(spoil(measurements()), "batch_size", "psnr", "arm")
+
+
+@pytest.mark.parametrize("xscale", ["category", "log"])
 def test_interval_lines_draw_group_aware_intervals(xscale):
     frame = measurements()
     figure = figures.interval_lines(frame, "batch_size", "psnr", "arm", xscale=xscale)
-    axes, numbers = figure.axes[0], figure.data_drawn
+    axes = figure.axes[0]
     for line, arm in zip(axes.containers, ("Inverting Gradients", "GI-PIP"), strict=True):
-        order = [8, 1] if xscale == "category" else [1, 8]
-        parts = [frame[(frame["batch_size"] == size) & (frame["arm"] == arm)] for size in order]
-        assert line[0].get_xdata().tolist() == ([0, 1] if xscale == "category" else order)
-        assert line[0].get_ydata() == pytest.approx([np.mean(part["psnr"]) for part in parts])
+        parts = [frame[(frame["batch_size"] == size) & (frame["arm"] == arm)] for size in (1, 8)]
         intervals = [bootstrap_interval(part["psnr"], groups=part["batch"]) for part in parts]
-        assert np.stack(line[2][0].get_segments())[:, :, 1] == pytest.approx(
-            np.array([[each.low, each.high] for each in intervals])
-        )
-        drawn = (
-            numbers[numbers["arm"] == arm]
-            .set_index("batch_size")
-            .loc[order, ["mean", "low", "high", "count"]]
-        )
-        assert drawn.to_numpy() == pytest.approx(np.array(intervals))
+        places = ["1", "8"] if xscale == "category" else [1, 8]
+        assert line[0].get_xdata(orig=True).tolist() == places
+        assert line[0].get_ydata() == pytest.approx([part["psnr"].mean() for part in parts])
+        ends = np.stack(line[2][0].get_segments())[:, :, 1]
+        assert ends == pytest.approx(np.array([each[1:3] for each in intervals]))
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8"]
 
 
-def test_interval_lines_stand_three_points_apart_on_every_scale():
-    for xscale in ("linear", "log"):
-        figure = figures.interval_lines(measurements(), "batch_size", "psnr", "arm", xscale=xscale)
-        figure.canvas.draw()
-        first, second = (
-            line[0].get_transform().transform(line[0].get_xydata())[:, 0]
-            for line in figure.axes[0].containers
-        )
-        assert second - first == pytest.approx(3 / 72 * figure.dpi)
-
-
-def test_interval_lines_label_the_values_of_categories_and_logarithmic_axes():
-    frame = measurements().assign(noise=lambda frame: frame["batch_size"].map({8: 0.01, 1: 0.0}))
-    for xscale, labels in {"category": ["0.01", "0"], "symlog": ["0.01", "0"]}.items():
-        axes = figures.interval_lines(
-            frame, "noise", "psnr", "arm", xscale=xscale, xlabel="σ"
-        ).axes[0]
-        assert [
-            label.get_text() for label in axes.get_xticklabels()
-        ] == labels and axes.get_xlabel() == "σ"
-
-
-def test_interval_lines_draw_zero_alone_on_a_symmetric_logarithmic_axis():
-    axes = figures.interval_lines(
-        measurements().assign(noise=0.0), "noise", "psnr", "arm", xscale="symlog"
-    ).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0"]
-
-
-def test_interval_lines_refuse_zero_on_a_logarithmic_axis():
-    frame = measurements().assign(noise=0.0)
-    with pytest.raises(ValueError, match=r"cannot show the value 0.0: pass xscale='symlog'"):
-        figures.interval_lines(frame, "noise", "psnr", "arm", xscale="log")
-
-
-def test_interval_lines_say_what_their_error_bars_are():
-    axes = figures.interval_lines(measurements(), "batch_size", "psnr", "arm").axes[0]
-    assert (
-        "95 % bootstrap interval" in axes.get_title()
-        and "4 independent batches" in axes.get_title()
+@pytest.mark.parametrize("xscale", ["category", "log"])
+def test_interval_lines_stand_three_points_apart_on_every_scale(xscale):
+    figure = figures.interval_lines(measurements(), "batch_size", "psnr", "arm", xscale=xscale)
+    figure.canvas.draw()
+    first, second = (
+        line[0].get_transform().transform(line[0].get_xydata())[:, 0]
+        for line in figure.axes[0].containers
     )
-    assert axes.get_ylabel() == "PSNR (dB), higher is better"
+    assert second - first == pytest.approx(3 / 72 * figure.dpi)
+
+
+@pytest.mark.parametrize("noise", [{8: 0.01, 1: 0.0}, {8: 0.0, 1: 0.0}])
+def test_a_logarithmic_axis_has_a_place_for_0(noise):
+    frame = measurements().assign(noise=lambda frame: frame["batch_size"].map(noise))
+    figure = figures.interval_lines(frame, "noise", "psnr", "arm", xscale="log")
+    figure.canvas.draw()
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels == [f"{value:g}" for value in sorted({*noise.values()})]
+    places = figure.axes[0].transData.transform([(value, 0) for value in sorted({*noise.values()})])
+    assert np.isfinite(places).all() and (np.diff(places[:, 0]) > 50).all()
+
+
+TITLES = ("published: A", "here: B")
+
+
+def published_chart():
+    chart = "batch size"
+    columns = (chart, "ssim", "anomaly score")
+    return figures.published_bars(scores(), published(chart), *columns, titles=TITLES)
 
 
 def test_published_bars_set_the_published_values_beside_the_means_here():
-    frame, titles = scores(), ("published: A", "here: B")
-    figure = figures.published_bars(
-        frame, published("batch size"), "batch size", "ssim", "anomaly score", titles=titles
-    )
+    figure = published_chart()
     left, right = figure.axes
-    assert heights(left) == pytest.approx(
-        [0.48, 0.40, 0.27, 0.22, 0.18, 0.16, 0.53, 0.46, 0.42, 0.38, 0.33, 0.29]
-    )
-    means = frame.groupby(["anomaly score", "batch size"])["ssim"].mean()
-    assert heights(right) == pytest.approx(
-        [means[arm, size] for arm in ("without", "with") for size in (3, 1)]
-    )
-    assert left.get_title().startswith("published: A\n") and right.get_title().startswith(
-        "here: B\n"
-    )
+    expected = [0.48, 0.40, 0.27, 0.22, 0.18, 0.16, 0.53, 0.46, 0.42, 0.38, 0.33, 0.29]
+    assert heights(left) == pytest.approx(expected)
+    means = scores().groupby(["anomaly score", "batch size"])["ssim"].mean()
+    here = [means[arm, size] for arm in ("without", "with") for size in (1, 3)]
+    assert heights(right) == pytest.approx(here)
+    titles = [axes.get_title().split("\n")[0] for axes in figure.axes]
+    assert titles == list(TITLES) and "read from the published chart" in left.get_title()
     assert len(error_bars(left)) == 0 and len(error_bars(right)) == 4
     drawn = figure.data_drawn.groupby("panel", sort=False)["mean"].apply(list)
-    assert drawn["published: A"] == pytest.approx(heights(left))
-    assert sorted(drawn["here: B"]) == pytest.approx(sorted(heights(right)))
+    assert drawn[TITLES[0]] == pytest.approx(heights(left))
+    assert sorted(drawn[TITLES[1]]) == pytest.approx(sorted(heights(right)))
 
 
 def test_published_bars_have_one_order_one_scale_and_one_palette_for_both_panels():
-    figure = figures.published_bars(
-        scores(), published("batch size"), "batch size", "ssim", "anomaly score"
-    )
-    left, right = figure.axes
-    for axes in figure.axes:
-        assert [label.get_text() for label in axes.get_xticklabels()] == [
-            "1",
-            "2",
-            "3",
-            "4",
-            "8",
-            "12",
-            "16",
-        ]
+    left, right = published_chart().axes
+    for axes in (left, right):
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert labels == ["1", "2", "3", "4", "8", "12", "16"]
+        assert [part.get_label() for part in bars(axes)] == ["without", "with"]
     assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
-    assert right.patches[0].get_x() == pytest.approx(
-        2 - 0.4
-    )  # batch size 3 without the anomaly score: the third place
-    assert [axes.containers[1].get_label() for axes in figure.axes] == ["without", "without"]
-    assert (
-        left.patches[0].get_facecolor()
-        == right.patches[0].get_facecolor()
-        != left.patches[-1].get_facecolor()
-    )
+    third = bars(right)[0][2]  # batch size 3 without the anomaly score
+    assert third.get_x() == pytest.approx(2 - 0.4)
+    colors = [[part[0].get_facecolor() for part in bars(axes)] for axes in (left, right)]
+    assert colors[0] == colors[1] and len(set(colors[0])) == 2
 
 
 def test_tradeoff_draws_a_point_and_its_intervals_for_each_row():
     frame = defences()
-    figure = figures.tradeoff(
-        frame, "accuracy", "ssim", "strength", "defence", xlabel="accuracy (%)"
-    )
+    figure = figures.tradeoff(frame, "accuracy", "ssim", "strength", "defence")
     axes = figure.axes[0]
     points = np.concatenate([container[0].get_xydata() for container in axes.containers])
     assert points == pytest.approx(frame[["accuracy", "ssim"]].to_numpy())
-    across = [
-        (row.accuracy_low, row.ssim, row.accuracy_high, row.ssim) for row in frame[1:].itertuples()
-    ]  # "none" has no interval
-    upright = [
-        (row.accuracy, row.ssim_low, row.accuracy, row.ssim_high) for row in frame.itertuples()
-    ]
-    assert np.array(sorted(error_bars(axes).reshape(-1, 4).tolist())) == pytest.approx(
-        np.array(sorted(across + upright))
-    )
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("accuracy (%)", "SSIM, higher is better")
+    rows = list(frame.itertuples())
+    across = [(row.accuracy_low, row.ssim, row.accuracy_high, row.ssim) for row in rows[1:]]
+    upright = [(row.accuracy, row.ssim_low, row.accuracy, row.ssim_high) for row in rows]
+    drawn = sorted(error_bars(axes).reshape(-1, 4).tolist())
+    assert np.array(drawn) == pytest.approx(np.array(sorted(across + upright)))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("accuracy", "SSIM, higher is better")
     assert "95 % bootstrap interval" in axes.get_title()
     pd.testing.assert_frame_equal(figure.data_drawn, frame, check_like=True)
 
 
-def test_tradeoff_labels_every_point_and_covers_none():
+def test_tradeoff_numbers_every_point_and_names_it_in_the_legend():
     frame = defences()
     figure = figures.tradeoff(frame, "accuracy", "ssim", "strength", "defence")
-    figure.canvas.draw()
-    axes = figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == ["none", "σ = 0.01", "σ = 0.1", "90 %"]
-    boxes = [text.get_window_extent() for text in axes.texts]
-    pixels = axes.transData.transform(frame[["accuracy", "ssim"]].to_numpy())
-    assert not any(box.contains(*pixel) for box in boxes for pixel in pixels)
-    assert not any(
-        box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index]
-    )
-    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+    numbers = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert list(numbers) == ["1", "2", "3", "4"]
+    assert list(numbers.values()) == list(zip(frame["accuracy"], frame["ssim"], strict=True))
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert names == ["1  none", "2  σ = 0.01", "3  σ = 0.1", "4  90 %"]
+    colors = [container[0].get_color() for container in figure.axes[0].containers]
+    assert colors[1] == colors[2] and len(set(colors)) == 3
 
 
 def test_tradeoff_without_intervals_has_no_error_bars_and_claims_none():
-    figure = figures.tradeoff(
-        defences()[["defence", "strength", "accuracy", "ssim"]],
-        "accuracy",
-        "ssim",
-        "strength",
-        "defence",
-    )
-    assert not figure.axes[0].collections and figure.axes[0].get_title() == ""
+    frame = defences()[["defence", "strength", "accuracy", "ssim"]]
+    figure = figures.tradeoff(frame, "accuracy", "ssim", "strength", "defence")
+    assert not len(error_bars(figure.axes[0])) and figure.axes[0].get_title() == ""
 
 
 def test_tradeoff_refuses_missing_values():
+    frame = defences().assign(accuracy=np.nan)
     with pytest.raises(ValueError, match=r"\['accuracy'\] have missing"):
-        figures.tradeoff(
-            defences().assign(accuracy=np.nan), "accuracy", "ssim", "strength", "defence"
-        )
+        figures.tradeoff(frame, "accuracy", "ssim", "strength", "defence")
 
 
-@pytest.mark.parametrize(("best", "corner"), [("highest", (1, 0)), ("lowest", (0, 1))])
-def test_heatmap_shows_means_and_outlines_the_best(best, corner):
+def test_heatmap_shows_means_and_outlines_the_highest():
     frame = pd.DataFrame(
         {"tv": [0.1, 0.1, 0.1, 0.3, 0.3], "as": [1.0, 1, 3, 1, 3], "psnr": [10.0, 12, 14, 9, 13]}
     )
-    figure = figures.heatmap(
-        frame,
-        "tv",
-        "as",
-        "psnr",
-        label="PSNR (dB)",
-        rows_label="λ_TV",
-        columns_label="λ_AS",
-        best=best,
-        decimals=1,
-    )
+    figure = figures.heatmap(frame, "tv", "as", "psnr", label="PSNR (dB)")
     axes, bar = figure.axes
-    assert [text.get_text() for text in axes.texts] == ["11.0", "14.0", "9.0", "13.0"]
-    assert axes.patches[0].get_xy() == corner
-    assert [label.get_text() for label in axes.get_xticklabels() + axes.get_yticklabels()] == [
-        "1",
-        "3",
-        "0.1",
-        "0.3",
-    ]
-    assert (axes.get_xlabel(), axes.get_ylabel(), bar.get_ylabel()) == ("λ_AS", "λ_TV", "PSNR (dB)")
-    assert best in axes.get_title()
-    assert figure.data_drawn.to_numpy().tolist() == [
-        [0.1, 1, 11, 2],
-        [0.1, 3, 14, 1],
-        [0.3, 1, 9, 1],
-        [0.3, 3, 13, 1],
-    ]
+    assert [text.get_text() for text in axes.texts] == ["11.00", "14.00", "9.00", "13.00"]
+    assert axes.patches[0].get_xy() == (1, 0) and "the highest" in axes.get_title()
+    ticks = axes.get_xticklabels() + axes.get_yticklabels()
+    assert [label.get_text() for label in ticks] == ["1", "3", "0.1", "0.3"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), bar.get_ylabel()) == ("as", "tv", "PSNR (dB)")
+    expected = [[0.1, 1, 11, 2], [0.1, 3, 14, 1], [0.3, 1, 9, 1], [0.3, 3, 13, 1]]
+    assert figure.data_drawn.to_numpy().tolist() == expected
 
 
 def test_heatmap_leaves_a_pair_without_rows_blank_and_refuses_missing_values():
@@ -438,21 +421,16 @@ def test_heatmap_leaves_a_pair_without_rows_blank_and_refuses_missing_values():
         figures.heatmap(frame.assign(psnr=[1, np.inf, 2]), "tv", "as", "psnr", label="PSNR (dB)")
 
 
-@pytest.mark.parametrize("width", [figures.COLUMN, figures.PAGE])
-def test_no_label_is_cut_off_and_no_legend_covers_data(width):
+def test_no_label_is_cut_off_and_no_legend_covers_data():
     frame = measurements()
     drawn = [
-        figures.interval_bars(frame, "batch_size", "psnr", "arm", width=width),
-        figures.interval_lines(frame, "batch_size", "psnr", "arm", width=width, xscale="log"),
-        figures.tradeoff(defences(), "accuracy", "ssim", "strength", "defence", width=width),
-        figures.heatmap(frame, "arm", "batch_size", "psnr", label="PSNR (dB)", width=width),
+        figures.interval_bars(frame, "batch_size", "psnr", "arm"),
+        figures.interval_lines(frame, "batch_size", "psnr", "arm", figures.PAGE, "log"),
+        figures.tradeoff(defences(), "accuracy", "ssim", "strength", "defence"),
+        figures.heatmap(frame, "arm", "batch_size", "psnr", label="PSNR (dB)"),
+        figures.cost_curves({"DLG": {"gradient": torch.ones(3), "tv": torch.zeros(3)}}),
+        published_chart(),
     ]
-    if width == figures.PAGE:
-        drawn.append(
-            figures.published_bars(
-                scores(), published("batch size"), "batch size", "ssim", "anomaly score"
-            )
-        )
     for figure in drawn:
         figure.canvas.draw()
         ink, (across, up) = figure.get_tightbbox(), figure.get_size_inches()
@@ -515,3 +493,9 @@ def test_paired_effect_shows_intervals_around_a_line_at_no_difference():
         "−0.10 [−0.30, +0.10]  n=8",
     ]
     assert axes.get_xlabel() == "PSNR gain (dB)\nmean and 95 % bootstrap interval"
+
+
+@pytest.mark.parametrize("effects", [{}, {"B=1": Interval(float("nan"), 0.1, 0.7, 8)}])
+def test_paired_effects_that_cannot_be_drawn_are_refused(effects):
+    with pytest.raises(ValueError, match="missing or infinite|cannot be drawn from 0 rows"):
+        figures.paired_effect(effects, "PSNR gain (dB)")

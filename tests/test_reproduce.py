@@ -190,8 +190,8 @@ def test_only_a_profile_without_parameters_is_executed_in_place(folder):
 def test_kernels_are_headless_and_ignore_a_foreign_jupyter_path(folder, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", "/nowhere")
     monkeypatch.delenv("GIPIP_HEADLESS")
-    shown = "os.environ['GIPIP_HEADLESS'], os.environ.get('JUPYTER_PATH'), os.path.basename(os.getcwd())"
-    write(folder, "01_first", f"import os\nprint({shown})")
+    variables = "os.environ['GIPIP_HEADLESS'], os.environ.get('JUPYTER_PATH')"
+    write(folder, "01_first", f"import os\nprint({variables}, os.path.basename(os.getcwd()))")
     (result,) = run("smoke", ["01"], folder=folder)
     assert printed(result.copy) == "1 None notebooks\n"
 
@@ -211,7 +211,8 @@ def test_a_notebook_that_is_out_of_time_is_left_for_the_next_time_and_not_a_fail
     write(folder, "02_second", LIMITED.format(hours=2), parameters=PARAMETERS + "\nsize = 32")
     out, reports = folder.parent / "out", []
     options = {"folder": folder, "in_place": in_place, "output": out, "report": reports.append}
-    message = r"02_second is not finished\. 2 of 3 runs are finished, 1 are left\.\nNotebooks done: 01_first; left: 02_second\."
+    left = r"2 of 3 runs are finished, 1 are left\.\nNotebooks done: 01_first; left: 02_second\."
+    message = rf"02_second is not finished\. {left}"
     with pytest.raises(OutOfTime, match=message):
         run("smoke", budget=3600, **options)
     assert not list(folder.parent.rglob("*.failed.ipynb")) and "01_first: done" in reports[1]
@@ -233,7 +234,10 @@ def test_a_budget_that_leaves_no_time_is_refused(folder):
 
 
 PLACES = {"smoke": "../figures/smoke", "cpu": "../figures", "paper": "../figures/paper"}
-CLAIM = "claim,compared,metric,images,batches,mean,low,high,verdict\n1 Helps,GIPIP - IG,psnr,24,6,0.5,0.25,0.75,supported\n"
+CLAIM = (
+    "claim,compared,metric,images,batches,mean,low,high,verdict\n"
+    "1 Helps,GIPIP - IG,psnr,24,6,0.5,0.25,0.75,supported\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,10 @@ def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, pro
         for name, place in PLACES.items()
     }
     (folder / "profiles.yaml").write_text(yaml.safe_dump({"profiles": settings}))
-    cell = f"import pathlib\npathlib.Path(figures).mkdir(parents=True)\npathlib.Path(figures, '01_first_claims.csv').write_text({CLAIM!r})"
+    cell = (
+        "import pathlib\npathlib.Path(figures).mkdir(parents=True)\n"
+        f"pathlib.Path(figures, '01_first_claims.csv').write_text({CLAIM!r})"
+    )
     write(folder, "01_first", cell, parameters=f"figures = {PLACES['smoke']!r}")
     readme = folder.parent / "README.md"
     readme.write_text("<!-- claims: written by make reproduce -->\n<!-- end of claims -->\n")

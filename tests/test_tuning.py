@@ -2,26 +2,27 @@
 settings that ship.
 """
 
+import importlib.util
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import distributed
 import pandas
 import pytest
 
-from gipip.attacks import GIPIP, InvertingGradients
+from gipip.attacks.gipip import GIPIP
+from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.data.datasets import Dataset, load_dataset
 from gipip.errors import DataError
-from gipip.experiments import sweep as experiments
-from gipip.experiments import tuning
+from gipip.experiments.arms import EQUAL
 from gipip.experiments.scenario import Run, Scenario
-from gipip.experiments.store import ResultStore
 from gipip.experiments.sweep import execute
-from gipip.experiments.tuning import Arm, Study, tune, write_tuned
+from gipip.experiments.tuning import Arm, Study, read_tuned, tune, write_tuned
 from gipip.federation.defenses import Sparsification
-from gipip.priors import load_prior
+from gipip.priors.autoencoder import load_prior
 
-SHIPPED = tuning.read_tuned()
+SHIPPED = read_tuned()
 ONE, TWO = "cifar10/lenet/B=1", "cifar10/lenet/B=2"
 SCENARIOS = (
     *(Scenario(pool="tuning", model="lenet", seed=seed) for seed in (0, 1)),
@@ -36,16 +37,30 @@ def prior():
 
 
 @pytest.fixture(scope="module")
-def tuned_lenet(prior, tmp_path_factory):
-    """Settings, grid and the runs of a small study, executed one after the other;
-    drawing a private image is an error.
-    """
-    runs, store = [], ResultStore(tmp_path_factory.mktemp("store"))
+def studies():
+    """data/tune_weights.py."""
+    file = Path(__file__).parents[1] / "data" / "tune_weights.py"
+    spec = importlib.util.spec_from_file_location("tune_weights", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def sweep(asked, **options):
-        assert options == {"store": "a folder", "workers": 1}
-        runs.extend(asked)
-        return experiments.Results(execute(run, store) for run in asked)
+
+class Notes(ThreadPoolExecutor):
+    """An executor in this process that keeps in mind what it was asked for."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.runs = []
+
+    def submit(self, work, run):
+        self.runs.append(run)
+        return super().submit(work, run)
+
+
+@pytest.fixture(scope="module")
+def tuned_lenet(prior, tmp_path_factory):
+    """Settings, grid and the runs of a small study; drawing a private image is an error."""
 
     def private(*arguments, **options):
         raise AssertionError("a private image was drawn")
@@ -57,11 +72,11 @@ def tuned_lenet(prior, tmp_path_factory):
             GIPIP(prior=prior, iterations=2), ({"tv_weight": TV, "as_weight": AS},)
         ),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "sweep", sweep)
+    store = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch, Notes() as executor:
         patch.setattr(Dataset, "private", private)
-        settings, grid = tune(Study(SCENARIOS, arms), store="a folder", workers=1)
-    return settings, grid, runs
+        settings, grid = tune(Study(SCENARIOS, arms), store=store, executor=executor)
+    return settings, grid, executor.runs
 
 
 def rows(grid, condition, arm) -> list[dict]:
@@ -115,23 +130,15 @@ def test_the_settings_are_each_conditions_and_arms_combination_of_highest_psnr(t
         assert settings[condition][arm] == best(rows(grid, condition, arm))
 
 
-def test_every_combination_is_run_on_every_scenario_and_its_row_is_the_mean_over_its_conditions(
-    tuned_lenet,
-):
-    _, grid, runs = tuned_lenet
-    assert len(runs) == 3 * (2 + 3 + 2 + 4) and len(grid) == 2 * (2 + 3 + 2 + 4)
+def test_a_row_is_the_mean_over_all_scenarios_of_its_condition(tuned_lenet, prior):
+    _, grid, _ = tuned_lenet
+    assert len(grid) == 2 * (2 + 3 + 2 + 4)
     row = rows(grid, ONE, "GI-PIP alone")[1]
-    like = [run for run in runs if run.arm == row["arm"] and run.scenario.condition == ONE]
-    matching = [
-        run
-        for run in like
-        if {name: getattr(run.attack, name) for name in row["settings"]} == row["settings"]
-    ]
-    assert {run.scenario for run in matching} == set(SCENARIOS[:2]) and len(matching) == 2
+    attack = GIPIP(prior=prior, iterations=2, **row["settings"])
+    results = [execute(Run("GI-PIP", scenario, attack)) for scenario in SCENARIOS[:2]]
     for metric in ("psnr", "ssim", "lpips"):
-        assert row[metric] == pytest.approx(
-            sum(execute(run).metrics[metric].mean() for run in matching) / 2
-        )
+        mean = sum(result.metrics[metric].mean() for result in results) / 2
+        assert row[metric] == pytest.approx(mean)
 
 
 def test_what_no_stage_tries_stays_as_the_arms_attack_has_it(tuned_lenet):
@@ -150,27 +157,23 @@ def test_a_defended_condition_is_tuned_apart_from_the_undefended_one(tmp_path):
         SCENARIOS[0].model_copy(update={"defenses": (Sparsification(sparsity=0.9),)}),
     )
     arms = {"IG": Arm(InvertingGradients(iterations=2, masked=True), ({"tv_weight": TV},))}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "sweep", lambda runs, **options: [execute(run) for run in runs])
-        settings, grid = tune(Study(scenarios, arms))
+    with Notes() as executor:
+        settings, grid = tune(Study(scenarios, arms), store=tmp_path, executor=executor)
     assert list(settings) == [ONE, f"{ONE}/sparsity 0.9"]
     assert grid["psnr"].nunique() == 4
 
 
-def test_private_images_are_refused_before_anything_is_computed(monkeypatch):
-    monkeypatch.setattr(tuning, "sweep", None)
+def test_private_images_are_refused_before_anything_is_computed():
     arms = {"IG": Arm(InvertingGradients(), ({"tv_weight": TV},))}
-    with pytest.raises(
-        DataError, match="on tuning images only.*is on the private pool. Use pool='tuning'"
-    ):
-        tune(Study((*SCENARIOS, Scenario(model="lenet")), arms))
+    message = "on tuning images only.*is on the private pool. Use pool='tuning'"
+    with pytest.raises(DataError, match=message):
+        tune(Study((*SCENARIOS, Scenario(model="lenet")), arms), store="not needed")
 
 
 @pytest.mark.parametrize("stage", [{"tv_wieght": (0.1, 0.2)}, {"tv_weight": (0.1, -0.2)}])
-def test_a_setting_that_the_attack_does_not_have_or_allow_is_refused(monkeypatch, stage):
-    monkeypatch.setattr(tuning, "sweep", None)
+def test_a_setting_that_the_attack_does_not_have_or_allow_is_refused(stage):
     with pytest.raises(ValueError, match=next(iter(stage))):
-        tune(Study(SCENARIOS[:1], {"IG": Arm(InvertingGradients(), (stage,))}))
+        tune(Study(SCENARIOS[:1], {"IG": Arm(InvertingGradients(), (stage,))}), store="not needed")
 
 
 def test_tuning_images_are_never_private_ones():
@@ -182,22 +185,16 @@ def test_tuning_images_are_never_private_ones():
     assert all(not first & second for first, second in itertools.combinations(pools, 2))
 
 
-def test_tuning_is_a_sweep_that_the_store_spares_the_second_time(prior, tmp_path, monkeypatch):
-    arms = {
-        "GI-PIP": Arm(
-            GIPIP(prior=prior, iterations=1), ({"tv_weight": (1e-3,)}, {"as_weight": (0.5,)})
-        )
-    }
-    small = Study(SCENARIOS[:1], arms)
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
-    ) as cluster:
-        first = tune(small, store=tmp_path, scheduler=cluster.scheduler_address)
-    monkeypatch.setattr(distributed, "Client", None)
-    again = tune(small, store=tmp_path)
-    assert again[0] == first[0] == {
-        ONE: {"GI-PIP": {"tv_weight": 1e-3, "as_weight": 0.5}}
-    } and again[1].equals(first[1])
+def test_tuning_is_a_sweep_that_the_store_spares_the_second_time(prior, tmp_path):
+    stages = ({"tv_weight": (1e-3,)}, {"as_weight": (0.5,)})
+    small = Study(SCENARIOS[:1], {"GI-PIP": Arm(GIPIP(prior=prior, iterations=1), stages)})
+    with Notes() as executor:
+        settings, grid = tune(small, store=tmp_path, executor=executor)
+        assert len(executor.runs) == 2
+        again = tune(small, store=tmp_path, executor=executor)
+        assert len(executor.runs) == 2
+    assert settings == again[0] == {ONE: {"GI-PIP": {"tv_weight": 1e-3, "as_weight": 0.5}}}
+    assert grid.equals(again[1])
 
 
 # The file ----------------------------------------------------------------------
@@ -268,66 +265,46 @@ def test_a_study_replaces_its_own_settings_in_a_file_and_leaves_other_arms_condi
 
 
 @pytest.mark.parametrize("name", ["main", "conditions", "defenses", "gan"])
-def test_a_study_tunes_without_offset_on_tuning_images_that_can_be_drawn(name, prior):
-    study = tuning.study(name, prior.with_offset(0.5), iterations=7)
+def test_a_study_tunes_without_offset_on_tuning_images_that_can_be_drawn(name, studies):
+    study = studies.study(name, iterations=7)
     assert {scenario.pool for scenario in study.scenarios} == {"tuning"}
     assert all(len(scenario.batch()) == scenario.batch_size for scenario in study.scenarios)
-    assert {
-        arm.attack.prior.offset for arm in study.arms.values() if isinstance(arm.attack, GIPIP)
-    } == {0}
-    assert {arm.attack.iterations for arm in study.arms.values()} == {7}
+    attacks = [arm.attack for arm in study.arms.values()]
+    assert {attack.prior.offset for attack in attacks if isinstance(attack, GIPIP)} == {0}
+    assert {attack.iterations for attack in attacks} == {7}
 
 
 @pytest.mark.parametrize("name", ["conditions", "variants", "defenses"])
-def test_with_and_without_the_anomaly_score_differ_in_nothing_else(name, prior):
-    arms = tuning.study(name, prior).arms
-    without, ours = arms["InvertingGradients"], arms[tuning.EQUAL]
-    assert ours.after == "InvertingGradients" and [list(stage) for stage in ours.stages] == [
-        ["as_weight"]
-    ]
-    assert {
-        field: getattr(ours.attack, field) for field in InvertingGradients.model_fields
-    } == without.attack.model_dump()
+def test_with_and_without_the_anomaly_score_differ_in_nothing_else(name, studies):
+    arms = studies.study(name).arms
+    without, ours = arms["InvertingGradients"], arms[EQUAL]
+    assert ours.after == "InvertingGradients"
+    assert [list(stage) for stage in ours.stages] == [["as_weight"]]
+    shared = {name: getattr(ours.attack, name) for name in InvertingGradients.model_fields}
+    assert shared == without.attack.model_dump()
 
 
-def test_the_variants_differ_in_their_autoencoder_and_offset_and_start_from_the_same_total_variation(
-    prior,
+def test_the_variants_differ_in_autoencoder_and_offset_and_start_from_the_same_total_variation(
+    prior, studies
 ):
-    arms = tuning.study("variants", prior).arms
-    offsets = {
-        name: arm.attack.prior.offset for name, arm in arms.items() if isinstance(arm.attack, GIPIP)
-    }
-    zero = {tuning.EQUAL, "anomaly score alone", *tuning.AUTOENCODERS}
-    calibrated = {"c calibrated", "c calibrated, per batch"}
-    assert offsets == dict.fromkeys(zero, 0) | dict.fromkeys(calibrated, prior.offset) | {
-        "c as released": 0.001
-    }
-    shapes = [
-        (arms[name].attack.prior.autoencoder.width, arms[name].attack.prior.autoencoder.depth)
-        for name in tuning.AUTOENCODERS
-    ]
-    assert shapes == [(6, 3), (12, 2), (12, 4)]
-    assert [name for name, arm in arms.items() if arm.after is None] == [
-        "InvertingGradients",
-        "anomaly score alone",
-    ]
+    arms = studies.study("variants").arms
+    attacks = {name: arm.attack for name, arm in arms.items() if isinstance(arm.attack, GIPIP)}
+    shapes = {"width6": (6, 3), "depth2": (12, 2), "depth4": (12, 4)}
+    expected = dict.fromkeys([EQUAL, "anomaly score alone", *shapes], 0)
+    expected |= dict.fromkeys(["c calibrated", "c calibrated, per batch"], prior.offset)
+    expected |= {"c as released": 0.001}
+    assert {name: attack.prior.offset for name, attack in attacks.items()} == expected
+    for name, shape in shapes.items():
+        autoencoder = attacks[name].prior.autoencoder
+        assert (autoencoder.width, autoencoder.depth) == shape
+    first = [name for name, arm in arms.items() if arm.after is None]
+    assert first == ["InvertingGradients", "anomaly score alone"]
 
 
-def test_the_main_study_tries_the_same_total_variation_for_both_attacks_on_the_stated_batches(
-    prior,
-):
-    study = tuning.study("main", prior)
-    assert {tuple(arm.stages[0]["tv_weight"]) for arm in study.arms.values()} == {tuning.TV_WEIGHTS}
-    drawn = [(scenario.model, scenario.batch_size) for scenario in study.scenarios]
-    assert {
-        model: {size: drawn.count((model, size)) for size in sizes}
-        for model, sizes in tuning.BATCHES.items()
-    } == tuning.BATCHES
-
-
-def test_an_unknown_study_is_an_error_that_names_the_known_ones(prior):
-    with pytest.raises(DataError, match="Unknown study 'all'. Known: main, conditions, "):
-        tuning.study("all", prior)
+def test_the_main_study_tries_the_same_total_variation_for_both_attacks(studies):
+    study = studies.study("main")
+    tried = {tuple(arm.stages[0]["tv_weight"]) for arm in study.arms.values()}
+    assert tried == {studies.TV_WEIGHTS}
 
 
 def test_the_settings_of_an_arm_are_those_of_the_run_they_were_tuned_with():
@@ -348,45 +325,35 @@ def test_the_settings_of_an_arm_are_those_of_the_run_they_were_tuned_with():
 MAIN = SHIPPED["studies"]["main"]
 CASES = {
     f"cifar10/{model}/B={size}": (model, size)
-    for model, sizes in tuning.BATCHES.items()
-    for size in sizes
+    for model in ("convnet", "resnet18")
+    for size in (1, 4, 8)
 }
-ATTACKS = ["GIPIP", "InvertingGradients"]
 
 
 @pytest.mark.parametrize("condition", CASES)
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", ["GIPIP", "InvertingGradients"])
 def test_the_main_studys_shipped_settings_are_the_best_of_their_own_grid(condition, attack):
     tried = [row for row in MAIN["grid"] if (row["arm"], row["condition"]) == (attack, condition)]
-    at_choice = [
-        row["psnr"] for row in tried if row["settings"] == SHIPPED["settings"][condition][attack]
-    ]
+    chosen = SHIPPED["settings"][condition][attack]
+    at_choice = [row["psnr"] for row in tried if row["settings"] == chosen]
     assert at_choice == [max(row["psnr"] for row in tried)]
 
 
-def test_the_main_studys_shipped_grid_holds_each_combination_of_the_study_once():
-    expected = [
-        (name, "InvertingGradients", {"tv_weight": tv})
-        for name in CASES
-        for tv in tuning.TV_WEIGHTS
-    ]
-    pairs = list(itertools.product(tuning.TV_WEIGHTS, tuning.AS_WEIGHTS))
-    expected += [
-        (name, "GIPIP", {"tv_weight": tv, "as_weight": weight})
-        for name in CASES
-        for tv, weight in pairs
-    ]
+def test_the_main_studys_shipped_grid_holds_each_combination_of_the_study_once(studies):
+    expected = []
+    for name, tv in itertools.product(CASES, studies.TV_WEIGHTS):
+        expected.append((name, "InvertingGradients", {"tv_weight": tv}))
+        for weight in studies.AS_WEIGHTS:
+            expected.append((name, "GIPIP", {"tv_weight": tv, "as_weight": weight}))
     tried = [(row["condition"], row["arm"], row["settings"]) for row in MAIN["grid"]]
     assert len(tried) == len(expected) and all(row in tried for row in expected)
 
 
-def test_the_main_study_was_made_with_the_shipped_prior_on_the_stated_batches(prior):
+def test_the_main_study_was_made_with_the_shipped_prior_on_the_stated_batches(prior, studies):
     assert MAIN["made"]["prior"] == prior.with_offset(0).fingerprint
-    batches = {
-        model: {int(size): count for size, count in sizes.items()}
-        for model, sizes in MAIN["made"]["batches"].items()
-    }
-    assert batches == tuning.BATCHES
+    drawn = [(s.model, str(s.batch_size)) for s in studies.study("main").scenarios]
+    for model, sizes in MAIN["made"]["batches"].items():
+        assert sizes == {size: drawn.count((model, size)) for size in sizes}
 
 
 def test_every_shipped_setting_is_in_the_grid_of_a_study():
@@ -431,7 +398,7 @@ def test_single_settings_of_a_tuned_attack_can_be_changed(prior):
 def test_a_condition_without_tuned_weights_is_an_error_that_says_which_there_are(prior):
     with pytest.raises(
         DataError,
-        match="InvertingGradients are shipped for 'cifar10/lenet/B=1'.*cifar10/convnet/B=1, .*`gipip tune`",
+        match="InvertingGradients are shipped for 'cifar10/lenet/B=1'.*cifar10/convnet/B=1, ",
     ):
         InvertingGradients.tuned(ONE)
     with pytest.raises(

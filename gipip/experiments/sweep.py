@@ -6,7 +6,6 @@ import os
 import platform
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, as_completed
 from datetime import UTC, datetime
@@ -160,7 +159,7 @@ def _failures(
     runs: list[Run], store: ResultStore, executor: Executor | None, workers: int
 ) -> list[str]:
     """Execute the runs; gives a line for each that failed."""
-    work = partial(_work, store=store, deadline=time_limit(), sweep=uuid.uuid4().hex)
+    work = partial(_work, store=store, deadline=time_limit())
     finished = _submitted(executor, work, runs) if executor else outcomes(work, runs, workers)
     lines = []
     with contextlib.closing(finished):
@@ -200,11 +199,8 @@ def _submitted(
             future.cancel()
 
 
-def _work(run: Run, store: ResultStore, deadline: float, sweep: str) -> str:
-    """In a worker; gives the error, as text, because not every exception can be pickled.
-
-    `sweep` names the sweep: dask would take an equal call for one whose outcome it knows.
-    """
+def _work(run: Run, store: ResultStore, deadline: float) -> str:
+    """In a worker; gives the error, as text, because not every exception can be pickled."""
     try:
         require_time(deadline)
         with quiet():  # the sweep shows its own progress

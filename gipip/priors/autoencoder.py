@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
-from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
-from gipip.progress import progress, require_time
+from gipip.files import fingerprint, read_tensors, shipped, write_tensors
+from gipip.priors.training import kept, seeded, told
+from gipip.progress import progress
 
 _EVALUATE_EVERY = 100
 
@@ -139,9 +140,9 @@ class AnomalyScore(nn.Module):
             autoencoder.load_state_dict(tensors)
             return cls(autoencoder, metadata["offset"], metadata["provenance"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise DamagedFileError(
-                f"{path} does not hold an autoencoder ({error}). Train one: gipip train autoencoder."
-            ) from error
+            advice = "Train one: gipip train autoencoder."
+            problem = f"{path} does not hold an autoencoder ({error})"
+            raise DamagedFileError(f"{problem}. {advice}") from error
 
 
 def load_prior(name: str = "cifar10") -> AnomalyScore:
@@ -179,22 +180,15 @@ def train_autoencoder(
     repeated. Raises DataError for images the autoencoder cannot be trained on,
     GipipError when the training diverges.
     """
-    settings = {
-        name: value for name, value in locals().items() if name not in ("auxiliary", "store")
-    }
-    provenance = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
-    path = (
-        Path(store) / "priors" / f"{fingerprint({}, canonical_json(provenance))[:24]}.safetensors"
-        if store
-        else None
-    )
+    provenance = told(auxiliary, locals())
+    path = kept(store, provenance)
     if path and path.exists():
         return AnomalyScore.load(path)
-    require_time()
     _check_images(auxiliary, depth)
     generator = torch.Generator().manual_seed(seed)
     training, validation = _split(auxiliary, validation_fraction, generator)
-    autoencoder = _untrained(width, depth, seed)
+    with seeded(seed):
+        autoencoder = Autoencoder(width, depth)
     course = _fit(
         autoencoder, training, validation, steps, batch_size, learning_rate, patience, generator
     )
@@ -210,11 +204,13 @@ def _check_images(auxiliary: LabeledImages, depth: int) -> None:
     height, width = auxiliary.pixels.shape[-2:]
     if len(auxiliary) < 2:
         raise DataError(
-            f"An autoencoder cannot be trained on {len(auxiliary)} images: one is held out. Give at least 2, better 1,000."
+            f"An autoencoder cannot be trained on {len(auxiliary)} images: one is held out. "
+            "Give at least 2, better 1,000."
         )
     if height % 2**depth or width % 2**depth:
         raise DataError(
-            f"The sides of images of {height}×{width} pixels must be divisible by 2**depth = {2**depth}. Resize them."
+            f"The sides of images of {height}×{width} pixels must be divisible by 2**depth = "
+            f"{2**depth}. Resize them."
         )
 
 
@@ -225,12 +221,6 @@ def _split(
     order = torch.randperm(len(auxiliary), generator=generator)
     held_out = min(max(1, round(validation_fraction * len(auxiliary))), len(auxiliary) - 1)
     return auxiliary[order[held_out:]].images, auxiliary[order[:held_out]].images
-
-
-def _untrained(width: int, depth: int, seed: int) -> Autoencoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
-        return Autoencoder(width, depth)
 
 
 @dataclass(eq=False)
@@ -295,9 +285,9 @@ def _fit(
         if losses:
             course.evaluate(autoencoder, step, losses, validation)
     if step and not math.isfinite(course.best_error):
-        raise GipipError(
-            f"The autoencoder's training diverged: its error is not finite after {step} steps. Use a smaller learning_rate."
-        )
+        diverged = f"its error is not finite after {step} steps"
+        advice = "Use a smaller learning_rate."
+        raise GipipError(f"The autoencoder's training diverged: {diverged}. {advice}")
     autoencoder.load_state_dict(course.best)
     return course
 

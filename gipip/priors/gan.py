@@ -8,18 +8,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
-from gipip.files import DATA, canonical_json, fingerprint, read_tensors, shipped, write_tensors
-from gipip.progress import progress, require_time
+from gipip.files import DATA, fingerprint, read_tensors, shipped, write_tensors
+from gipip.priors.training import kept, seeded, told
+from gipip.progress import progress
 
 Images = Float[Tensor, "batch 3 height width"]
 
@@ -59,12 +59,11 @@ class Generator(nn.Module):
 
 def _channels(width: int, image_size: int) -> list[int]:
     """Channels from the 4×4 map to the last hidden layer."""
-    levels = (
-        image_size.bit_length() - 4
-    )  # 32 = 4·2³: two hidden doublings, and a last one to the image
+    levels = image_size.bit_length() - 4  # 32 = 4·2³: two hidden doublings, a last to the image
     if image_size < 16 or image_size & (image_size - 1):
         raise DataError(
-            f"A generator makes images of 16, 32, 64, … pixels a side, not {image_size}. Resize the auxiliary images."
+            f"A generator makes images of 16, 32, 64, … pixels a side, not {image_size}. "
+            "Resize the auxiliary images."
         )
     return [width * 2**level for level in range(levels, -1, -1)]
 
@@ -97,7 +96,7 @@ class GenerativePrior(nn.Module):
         return self.generator(latents)
 
     def check(self, image_shape: Sequence[int]) -> None:
-        """Raise UpdateError unless this generator makes images of this shape, (3, height, width)."""
+        """Raise UpdateError unless it makes images of this shape, (3, height, width)."""
         size, (height, width) = self.generator.image_size, image_shape[-2:]
         if (height, width) != (size, size):
             raise UpdateError(
@@ -179,25 +178,16 @@ def train_generator(
     DataError for images no generator can be trained on, GipipError when the training
     diverges.
     """
-    settings = {
-        name: value for name, value in locals().items() if name not in ("auxiliary", "store")
-    }
-    provenance = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
-    path = (
-        Path(store) / "priors" / f"{fingerprint({}, canonical_json(provenance))[:24]}.safetensors"
-        if store
-        else None
-    )
+    provenance = told(auxiliary, locals())
+    path = kept(store, provenance)
     if path and path.exists():
         return GenerativePrior.load(path)
-    require_time()
     image_size = auxiliary.pixels.shape[-1]
     if len(auxiliary) < 2 or auxiliary.pixels.shape[-2] != image_size:
         found = f"{len(auxiliary)} of {auxiliary.pixels.shape[-2]}×{image_size} pixels"
         raise DataError(f"A generator needs at least 2 square images; found {found}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         networks = (
             Generator(width, latent_size, image_size).to(device),
             _discriminator(width, image_size).to(device),
@@ -340,25 +330,24 @@ class _Judge:
         self.distance.reset()
         for part in latents.split(250):
             self.distance.update(generator(part.to(self.device)), real=False)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the metric draws its subsets from the global generator
-            torch.default_generator.manual_seed(0)
+        with seeded(0):  # the metric draws its subsets from the global generator
             found = self.distance.compute()[0].item()
         if not math.isfinite(found):
-            raise GipipError(
-                f"The generator's training diverged: not finite after {step} steps. Use a smaller learning_rate."
-            )
+            diverged = f"not finite after {step} steps"
+            advice = "Use a smaller learning_rate."
+            raise GipipError(f"The generator's training diverged: {diverged}. {advice}")
         if not self.history["step"] or found < min(self.history["kernel distance"]):
             self.best = copy.deepcopy(generator.state_dict())
         self.history["step"].append(step)
         self.history["kernel distance"].append(found)
 
 
-def kernel_distance(images: int) -> KernelInceptionDistance:
-    """KID between sets of at least `images` images in [0, 1], on the features of
-    gipip's ImageNet AlexNet instead of Inception's.
+def kernel_distance(images: int) -> Any:
+    """KID between sets of at least `images` images in [0, 1], on the features of gipip's ImageNet
+    AlexNet instead of Inception's: a torchmetrics KernelInceptionDistance.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance  # takes seconds to import
+
     return KernelInceptionDistance(
         feature=_Features(), subsets=20, subset_size=min(500, images), reset_real_features=False
     )
@@ -371,13 +360,18 @@ class _Features(nn.Module):
 
     def __init__(self):
         super().__init__()
+        from torchvision.models import alexnet  # takes a second to import
+
         with torch.device("meta"):
-            self.network = torchvision.models.alexnet().features
+            self.network = alexnet().features
         tensors, _ = read_tensors(DATA / "lpips-alexnet-trunk.safetensors")
         weights = {name.removeprefix("features."): value for name, value in tensors.items()}
         self.network.load_state_dict(weights, assign=True)
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1))
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1))
+
+    mean: Tensor
+    std: Tensor
 
     @torch.no_grad()
     def forward(self, images: Images) -> Float[Tensor, "batch 256"]:
