@@ -461,6 +461,33 @@ def test_a_result_of_other_code_is_not_reused(store, result):
     assert store.load(result.run) is None
 
 
+def darkening(factor):
+    """An attack that is not gipip's, as it is while its author tries out factors."""
+    source = f"""def project(self, view, variables):
+        InvertingGradients.project(self, view, variables)
+        variables["images"].data.mul_({factor})"""
+    methods = {}
+    exec(source, {"InvertingGradients": InvertingGradients, "__name__": __name__}, methods)
+    return type("Darkening", (InvertingGradients,), {"__module__": __name__, **methods})
+
+
+def test_a_result_of_an_own_attack_is_not_reused_when_its_methods_have_changed():
+    keys = [Run("own", LENET, darkening(factor)()).key() for factor in (0.5, 0.5, 0.9)]
+    assert keys[0] == keys[1] != keys[2]
+    shipped = [Run("own", LENET, darkening(factor)()).key(code="") for factor in (0.5, 0.9)]
+    assert shipped[0] == shipped[1]
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [("scenario", {"model": "nope", "x": 1}), ("scenario", "lenet"), ("attack", "IG"), ("arm", 3)],
+)
+def test_a_run_of_something_else_is_refused_and_the_field_is_named(field, wrong):
+    about = {"arm": "IG", "scenario": LENET, "attack": SHORT} | {field: wrong}
+    with pytest.raises(pydantic.ValidationError, match=field):
+        Run(**about)
+
+
 # The store ---------------------------------------------------------------------
 
 

@@ -3,7 +3,10 @@
 import ast
 import functools
 import hashlib
+import inspect
+from itertools import takewhile
 from pathlib import Path
+from types import CodeType
 
 _COMPUTE = (  # results, besides data and weights; patterns of files of the package
     "attacks/**/*.py",
@@ -32,3 +35,30 @@ def code_version() -> str:
 class _WithoutTexts(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) else node
+
+
+@functools.cache
+def own_version(attack: type) -> str:
+    """Changes with the methods of an attack that is defined outside gipip; "" for gipip's own.
+
+    Of their instructions, as a class from a notebook has no source in another process. What these
+    methods call outside gipip is not known here.
+    """
+    own = takewhile(lambda cls: not cls.__module__.startswith("gipip."), attack.__mro__)
+    instructions = []
+    for cls in own:
+        for name, member in sorted(vars(cls).items()):
+            function = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)))
+            if inspect.isfunction(function) and function.__module__ == cls.__module__:
+                instructions.append((name, _instructions(function.__code__)))
+    return hashlib.sha256(repr(instructions).encode()).hexdigest() if instructions else ""
+
+
+def _instructions(code: CodeType) -> tuple:
+    return code.co_code, code.co_names, [_constant(value) for value in code.co_consts]
+
+
+def _constant(value: object) -> object:
+    if isinstance(value, CodeType):
+        return _instructions(value)
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else value
