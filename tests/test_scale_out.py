@@ -438,3 +438,9 @@ def test_runs_lost_with_their_scheduler_are_failures_that_say_so(cluster, store,
     lost.start()
     with pytest.raises(SweepError, match="1 of 1 runs failed.*\n.*Cancelled"):
         sweep([run], store=store, executor=executor)
+
+
+@pytest.mark.parametrize(("runs", "workers"), [([Scenario()], 1), ([], 0), ([], -1)])
+def test_what_is_no_run_and_no_number_of_workers_is_refused(tmp_path, runs, workers, unchecked):
+    with pytest.raises(SweepError, match=r"gipip\.Run objects and a positive number of workers"):
+        sweep(runs, store=tmp_path, workers=workers)

@@ -140,6 +140,8 @@ def sweep(
     goes on from there.
     """
     runs = list(runs)
+    if not all(isinstance(run, Run) for run in runs) or (workers is not None and workers < 1):
+        raise SweepError("A sweep takes gipip.Run objects and a positive number of workers.")
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     stored = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
     missing = list({run.key(): run for run in runs if stored[run.key()] is None}.values())
