@@ -296,7 +296,7 @@ def test_the_variants_differ_in_autoencoder_and_offset_and_start_from_the_same_t
     assert {name: attack.prior.offset for name, attack in attacks.items()} == expected
     for name, shape in shapes.items():
         autoencoder = attacks[name].prior.autoencoder
-        assert (autoencoder.width, autoencoder.depth) == shape
+        assert autoencoder.arguments == dict(zip(("width", "depth"), shape, strict=True))
     first = [name for name, arm in arms.items() if arm.after is None]
     assert first == ["InvertingGradients", "anomaly score alone"]
 
