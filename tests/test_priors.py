@@ -152,7 +152,7 @@ def test_a_prior_knows_how_it_was_trained_and_is_never_trained_further(train, im
         *[("steps", value) for value in (-1, 0, 1.5, "many", None)],
         *[("width", value) for value in (0, -4)],
         *[("batch_size", value) for value in (0, 2.5)],
-        *[("learning_rate", float(value)) for value in ("nan", "inf", "0", "-0.1")],
+        *[("learning_rate", float(value)) for value in ("nan", "inf", "0", "-0.1", "1e38")],
         *[("seed", value) for value in (-1, 2**63, 0.5)],
         ("momentum", 0.9),
     ],

@@ -9,12 +9,22 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, InstanceOf, PositiveFloat, PositiveInt
+from pydantic import Field, InstanceOf, PositiveInt
 from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DataError
-from gipip.priors.base import Images, Network, Prior, Seed, Training, seeded, trained, validated
+from gipip.priors.base import (
+    Images,
+    LearningRate,
+    Network,
+    Prior,
+    Seed,
+    Training,
+    seeded,
+    trained,
+    validated,
+)
 
 
 class Autoencoder(Network):
@@ -115,7 +125,7 @@ def train_autoencoder(
     depth: PositiveInt = 3,
     steps: PositiveInt = 6_000,
     batch_size: PositiveInt = 64,
-    learning_rate: PositiveFloat = 1e-2,
+    learning_rate: LearningRate = 1e-2,
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1,
     patience: PositiveInt = 10,
     seed: Seed = 0,

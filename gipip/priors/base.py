@@ -26,6 +26,7 @@ from gipip.progress import progress, require_time
 
 Images = Float[Tensor, "batch 3 height width"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]  # more does not fit into a float32
 
 
 class Network(nn.Module):

@@ -10,14 +10,24 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import InstanceOf, PositiveFloat, PositiveInt
+from pydantic import InstanceOf, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DataError
 from gipip.files import DATA, read_tensors
-from gipip.priors.base import Images, Network, Prior, Seed, Training, seeded, trained, validated
+from gipip.priors.base import (
+    Images,
+    LearningRate,
+    Network,
+    Prior,
+    Seed,
+    Training,
+    seeded,
+    trained,
+    validated,
+)
 
 _FORGETTING = 0.998  # of the generator's moving average, in a step
 
@@ -113,7 +123,7 @@ def train_generator(
     latent_size: PositiveInt = 64,
     steps: PositiveInt = 3_000,
     batch_size: PositiveInt = 64,
-    learning_rate: PositiveFloat = 4e-4,
+    learning_rate: LearningRate = 4e-4,
     seed: Seed = 0,
     store: Path | str | None = None,
 ) -> GenerativePrior:
