@@ -100,7 +100,8 @@ def _dot(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
     if a.ndim > 2:
         order = sorted(range(a.ndim), key=a.stride, reverse=True)
         a, b = a.permute(order), b.permute(order)
-    blocks = zip(a.flatten().split(_BLOCK), b.flatten().split(_BLOCK), strict=True)
+    size = a.numel() if a.is_cuda else _BLOCK  # a GPU adds up in many blocks by itself
+    blocks = zip(a.flatten().split(size), b.flatten().split(size), strict=True)
     return torch.stack([torch.dot(x, y) for x, y in blocks]).sum(dtype=torch.float64)
 
 
