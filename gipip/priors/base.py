@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, ParamSpec, Self, TypeVar
@@ -29,14 +30,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]  # more does not fit into a float32
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """What a prior is trained to be. `arguments`: those that build it again."""
 
     arguments: dict[str, int]
 
+    @abstractmethod
     def misfit(self, image_shape: Sequence[int]) -> str:
         """Why it is not for images of this shape, (3, height, width); empty if it is."""
-        raise NotImplementedError(f"{type(self).__name__} does not define misfit()")
 
 
 class Prior(nn.Module):
@@ -113,7 +114,7 @@ class Prior(nn.Module):
 P = TypeVar("P", bound=Prior)
 
 
-class Training(Generic[P]):
+class Training(ABC, Generic[P]):
     """A prior's training, which ends with the network's weights of the lowest
     `measure`.
 
@@ -142,13 +143,13 @@ class Training(Generic[P]):
         """The GPU, if there is one."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
+    @abstractmethod
     def advance(self) -> None:
         """Take one step."""
-        raise NotImplementedError(f"{type(self).__name__} does not define advance()")
 
+    @abstractmethod
     def judge(self) -> dict[str, float]:
         """The `measure` of the network as it is, and what else the history shall hold."""
-        raise NotImplementedError(f"{type(self).__name__} does not define judge()")
 
     def finish(self) -> P:
         """The prior, of the weights as they are."""
