@@ -7,6 +7,7 @@ each step (`project`).
 
 import time
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -95,15 +96,15 @@ class Attack(BaseModel):
         """The normalised images that the variables stand for."""
         return variables["images"]
 
+    @abstractmethod
     def optimizer(
         self, variables: Variables
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
         """The optimiser and its learning-rate schedule."""
-        raise TypeError(f"{type(self).__name__} does not define optimizer()")
 
+    @abstractmethod
     def terms(self, view: View, variables: Variables) -> Terms:
         """The weighted terms of the cost, by name."""
-        raise TypeError(f"{type(self).__name__} does not define terms()")
 
     def direction(self, gradient: Tensor) -> Tensor:
         """What the optimiser receives in place of the cost's gradient."""
