@@ -6,11 +6,12 @@ import torch
 import gipip
 from gipip.priors.gan import GenerativePrior, Generator
 
-pytestmark = pytest.mark.skipif(
+needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU"
 )
 
 
+@needs_gpu
 @pytest.mark.parametrize("schedule", ["cosine", "steps"])
 @pytest.mark.parametrize("name", ["convnet", "resnet18"])
 def test_a_replayed_attack_gives_the_traced_attacks_images(name, schedule):
@@ -32,6 +33,7 @@ NEW = {
 }
 
 
+@needs_gpu
 @pytest.mark.parametrize("fedavg", [None, gipip.FedAvg(steps=2, batch_size=1)])
 @pytest.mark.parametrize("name", NEW)
 def test_every_other_attack_does_when_replayed_what_it_does_traced(name, fedavg):
