@@ -115,7 +115,7 @@ class Attack(BaseModel):
 
     def labels(self, view: View, variables: Variables) -> Int[Tensor, "batch"]:
         """The labels that belong to a result."""
-        return view.known_labels
+        return view.fixed_labels
 
     def assumptions(self, update: SharedUpdate) -> dict[str, str]:
         """What this attack takes for granted, as data for the tables."""
@@ -155,7 +155,8 @@ class Attack(BaseModel):
         started = time.perf_counter()
         update.check(model)
         self.require(update)
-        view = View.of(model, update, engine, self.replayable, chunk_size)
+        how = {"replayable": self.replayable, "chunk_size": chunk_size}
+        view = View.of(model, update, engine, **how)
         view.labels = self.known_labels(view.model, update)
         observers: list[Observer] = [Progress(type(self).__name__)]
         if watch:

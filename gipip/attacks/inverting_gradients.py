@@ -54,7 +54,7 @@ class InvertingGradients(Attack):
 
     def distance(self, view: View, images: Images) -> Float[Tensor, ""]:
         """1 − cos(g, g*) of normalised images; with `masked` where g* is not zero."""
-        gradients = view.gradients(images, view.known_labels)
+        gradients = view.gradients(images, view.fixed_labels)
         if self.masked:
             pairs = zip(gradients, view.target, strict=True)
             gradients = Gradients(gradient * (shared != 0) for gradient, shared in pairs)

@@ -64,19 +64,13 @@ class View:
     start: Variables = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        model: ClientModel,
-        update: SharedUpdate,
-        engine: str = "auto",
-        replayable: bool = True,
-        chunk_size: int | None = None,
-    ) -> Self:
-        """That of `update`, with the labels that came with it. Raises LabelError, BatchSizeError
-        or EngineError.
+    def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **how) -> Self:
+        """That of `update`, with the labels that came with it.
+
+        `engine`, `how`: of `client_gradient`. Raises LabelError, BatchSizeError or EngineError.
         """
         model = copy.deepcopy(model).train(update.mode == "train")  # running statistics would move
-        gradients = client_gradient(model, update, engine, replayable, chunk_size)
+        gradients = client_gradient(model, update, engine, **how)
         target = gradients.laid_out(update.gradients)
         view = cls(model, update, gradients, target, update.labels)
         _check_labels(view)
@@ -88,7 +82,7 @@ class View:
         return (self.update.batch_size, *self.update.image_shape)
 
     @property
-    def known_labels(self) -> Int[Tensor, "batch"]:
+    def fixed_labels(self) -> Int[Tensor, "batch"]:
         """The labels, of an attack that does not optimise them."""
         assert self.labels is not None, "this attack optimises labels"
         return self.labels
