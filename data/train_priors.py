@@ -107,6 +107,7 @@ AUXILIARY |= {
 VARIANTS = {f"cifar10-width{width}": {"width": width} for width in (6,)} | {
     f"cifar10-depth{depth}": {"depth": depth} for depth in (2, 4)
 }
+VARIANTS |= {f"cifar10-seed{seed}": {"seed": seed} for seed in (1, 2)}
 """Other autoencoders on the 1,900 embedded images."""
 AUXILIARY |= {name: lambda: load_dataset("cifar10").auxiliary() for name in VARIANTS}
 LONG = {"steps": 16_000, "validation_fraction": 0.02, "patience": 160}
