@@ -835,7 +835,7 @@ def test_the_table_does_not_average_over_untrained_and_trained_clients():
     assert [text.split()[0] for text in table["psnr"]] == ["30.000", "20.000"]
 
 
-def test_the_table_shows_the_share_identified_among_how_many_and_nothing_where_it_was_not_measured():
+def test_the_table_shows_the_share_identified_among_how_many_and_nothing_where_not_measured():
     parts = [made_up("IG", [10.0, 11.0], seed=seed) for seed in range(2)]
     for part, found in zip(parts, ([0.0, 1.0], [0.0, 0.0]), strict=True):
         part.metrics["identified"], part.metrics["candidates"] = found, 256

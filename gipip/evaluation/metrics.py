@@ -130,9 +130,10 @@ def ssim(images: Images, truth: Images) -> PerImage:
 
     _require_size("ssim", images)
     # in float32 flat areas lose three digits
-    pair = _prepared(images).double(), _prepared(truth).double()
-    options = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
-    _, places = structural_similarity_index_measure(*pair, **options)
+    images, truth = _prepared(images).double(), _prepared(truth).double()
+    _, places = structural_similarity_index_measure(
+        images, truth, data_range=1.0, reduction="none", return_full_image=True
+    )
     # which border counts in its own mean depends on torchmetrics' version
     return places[..., 5:-5, 5:-5].mean((1, 2, 3)).float()
 
@@ -224,7 +225,7 @@ def _lpips_features(images: Images) -> Float[Tensor, "batch features"]:
 
 
 @cache
-def _lpips_network() -> nn.Module:
+def _lpips_network() -> Any:
     """The official network: linear heads from the package `lpips`, AlexNet from gipip's
     data; nothing is downloaded.
     """
