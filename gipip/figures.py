@@ -157,7 +157,7 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
         raise ValueError("There are no costs to draw: pass the history of at least one attack.")
     table = pd.concat(curves).rename_axis("iteration").reset_index()
     drawn = table.assign(evaluation=table["iteration"] + 1)
-    style = {"kind": "line", "estimator": None, "facet_kws": {"sharey": False}}
+    style: dict[str, Any] = {"kind": "line", "estimator": None, "facet_kws": {"sharey": False}}
     style |= {"height": 2.2, "aspect": 2.9 / table["term"].nunique()}
     grid = seaborn.relplot(drawn, x="evaluation", y="value", hue="arm", col="term", **style)
     grid.set(xscale="log").set_titles("{col_name}").set_ylabels("weighted cost")
@@ -208,7 +208,7 @@ def interval_dots(
         _draw_dots(axes, part.set_index([positions, hue]), arms, step, "-" if joined else "")
         for value in (references or {}).values() if part["count"].any() else ():
             axes.axhline(value, color=_GREY, linewidth=0.8, linestyle="--", zorder=1)
-        axes.set_title(f"{title}\n{_what_is_drawn(part)}".strip(), fontsize=8)
+        axes.set_title(f"{title!s}\n{_what_is_drawn(part)}".strip(), fontsize=8)
         axes.set_xlabel(x if xlabel is None else xlabel)
     panels[0].set_ylabel(LABELS.get(y, y))
     handles = panels[0].get_legend_handles_labels()
@@ -216,7 +216,7 @@ def interval_dots(
     figure.legend(*handles, title=title, loc="outside upper center", ncols=columns)
     if references:
         lines = pd.Series(references).sort_values()
-        _name_lines(panels[-1], lines)
+        _name_lines(figure, lines)
         table = pd.concat([table, pd.DataFrame({hue: lines.index, "mean": lines.to_numpy()})])
     return _with_numbers(figure, table)
 
@@ -328,8 +328,8 @@ def _positions(axes: Axes, values: pd.Series, xscale: str, letters: int) -> np.n
     else:
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.grid(axis="x", visible=False)
-    breaks = {"width": max(1, letters), "break_long_words": False}
-    labels = [textwrap.fill(_text(place), **breaks) for place in places]
+    lines = textwrap.TextWrapper(max(1, letters), break_long_words=False)
+    labels = [lines.fill(_text(place)) for place in places]
     axes.set_xticks(np.unique(positions), labels)
     axes.minorticks_off()
     return positions
@@ -342,8 +342,8 @@ def _draw_dots(axes: Axes, table: pd.DataFrame, arms: list, step: float, line: s
     for index, arm in enumerate(arms):
         part = table[table.index.get_level_values(1) == arm]
         at, color = part.index.get_level_values(0), f"C{index}"
-        style = {"color": color, "marker": _MARKERS[index % len(_MARKERS)], "linestyle": line}
-        (dots,) = axes.plot(at, part["mean"], label=arm, **style)
+        marker = _MARKERS[index % len(_MARKERS)]
+        (dots,) = axes.plot(at, part["mean"], marker, ls=line, color=color, label=arm)
         bars = axes.vlines(at, part["low"], part["high"], color)
         points = step * (index - (len(arms) - 1) / 2)
         aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
@@ -351,19 +351,20 @@ def _draw_dots(axes: Axes, table: pd.DataFrame, arms: list, step: float, line: s
             artist.set_transform(axes.transData + aside)
 
 
-def _name_lines(axes: Axes, lines: pd.Series) -> None:
-    """The names of ascending horizontal lines, at the right of a panel; those that would
-    touch are moved apart, by as little as possible.
+def _name_lines(figure: Figure, lines: pd.Series) -> None:
+    """The names of ascending horizontal lines, at the right of the last panel; those that
+    would touch are moved apart, by as little as possible.
     """
-    axes.figure.draw_without_rendering()  # settles the height of the panel
+    figure.draw_without_rendering()  # settles the height of the panel
+    axes = figure.axes[-1]
     low, high = axes.get_ylim()
     ends = (lines - low) / (high - low)
-    steps = 9 / 72 * axes.figure.dpi / axes.bbox.height * np.arange(len(lines))
+    steps = 9 / 72 * figure.dpi / axes.bbox.height * np.arange(len(lines))
     places = isotonic_regression(ends - steps).x + steps
     line = {"arrowstyle": "-", "color": _GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 0}
-    style = {"color": _GREY, "fontsize": 7, "va": "center", "arrowprops": line}
+    style: dict[str, Any] = {"color": _GREY, "va": "center", "arrowprops": line}
     for name, end, place in zip(lines.index, ends, places, strict=True):
-        axes.annotate(name, (1, end), (1.04, place), "axes fraction", **style)
+        axes.annotate(name, (1, end), (1.04, place), "axes fraction", fontsize=7, **style)
 
 
 def _text(value: object) -> str:
