@@ -174,7 +174,7 @@ def interval_dots(
     hue: str,
     *,
     panel: str | None = None,
-    references: Mapping[str, float] | None = None,
+    references: Mapping[Any, float] | None = None,
     joined: bool = False,
     xscale: Literal["category", "log"] = "category",
     width: float = COLUMN,
