@@ -23,6 +23,7 @@ from gipip.federation.models import (
     count_classes,
     described,
     model_fingerprint,
+    prepared,
     trainable,
 )
 
@@ -190,22 +191,19 @@ class Client:
         _check_choice("mode", mode, "eval", "train")
         _check_choice("labels", labels, "given", "withheld")
         _check_choice("statistics", statistics, "shared", "withheld")
-        check_parts(batch, defenses, fedavg)
         model = copy.deepcopy(self.model)  # train mode would move the running statistics
         model.train(mode == "train")
-        parameter = next(model.parameters())
-        images, targets = batch.images.to(parameter), batch.labels.to(parameter.device)
-        _check_labels(targets, count_classes(model, images[:2]))
+        check_parts(model, batch, defenses, fedavg)
+        inputs, targets = prepared(model, batch)
         with torch.no_grad(), batch_statistics(model) as found:
             if statistics == "shared":
-                model(images)
-        inputs = model.normalize(images)
+                model.network(inputs)
         gradients = local_update(model.network, trainable(model.network), inputs, targets, fedavg)
         update = SharedUpdate(
             gradients=tuple(gradient.detach() for gradient in gradients),
             parameter_names=tuple(trainable(model)),
-            batch_size=len(images),
-            image_shape=tuple(images.shape[1:]),
+            batch_size=len(inputs),
+            image_shape=tuple(inputs.shape[1:]),
             labels=targets if labels == "given" else None,
             mode=mode,
             model_fingerprint=model_fingerprint(self.model),
@@ -224,9 +222,9 @@ def _check_choice(option: str, value: str, *choices: str) -> None:
         )
 
 
-def check_parts(batch: object, defenses: object, fedavg: object = None) -> None:
-    """Raise DataError, DefenseError or UpdateError unless a client can share an update on
-    `batch` under a list of `defenses`, after the local training `fedavg`, if any.
+def check_parts(model: nn.Module, batch: object, defenses: object, fedavg: object = None) -> None:
+    """Raise the error that fits unless a client with `model` can share an update on `batch`
+    under a list of `defenses`, after the local training `fedavg`, if any.
     """
     if not isinstance(batch, LabeledImages) or not len(batch):
         raise DataError(f"Expected a batch of gipip.LabeledImages; got {described(batch)}.")
@@ -234,20 +232,14 @@ def check_parts(batch: object, defenses: object, fedavg: object = None) -> None:
         raise DefenseError(f"Expected a list, such as defenses=[defence]; got {defenses!r}.")
     if not isinstance(fedavg, FedAvg | None):
         raise UpdateError(f"Expected gipip.FedAvg(steps=…) as fedavg; got {fedavg!r}.")
-
-
-def _is_defense(value: object) -> bool:
-    return callable(value) and not isinstance(value, type)  # a class still lacks its settings
-
-
-def _check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:
-    if labels.dtype != torch.int64:
-        raise LabelError(
-            f"The labels are {labels.dtype}; expected int64 class indices: labels.long()."
-        )
-    wrong = labels[(labels < 0) | (labels >= classes)]
+    classes = count_classes(model, batch[:2])
+    wrong = batch.labels[(batch.labels < 0) | (batch.labels >= classes)]
     if len(wrong):
         raise LabelError(
             f"Label {int(wrong[0])} is out of range: the model has {classes} classes, so labels "
             f"go from 0 to {classes - 1}. Build the model with num_classes of your data."
         )
+
+
+def _is_defense(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)  # a class still lacks its settings

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD
+from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
 from gipip.data.download import cache_folder
 from gipip.errors import ModelError
 from gipip.files import DATA, fingerprint, read_tensors
@@ -72,6 +72,14 @@ def client_model(network: nn.Module, mean: Sequence[float], std: Sequence[float]
     return ClientModel(Normalize(mean, std), network)
 
 
+def prepared(model: ClientModel, batch: LabeledImages) -> tuple[Images, Int[Tensor, "batch"]]:
+    """What the network is trained on: the batch's images, normalised, in the type and on
+    the device of the model, and the labels there.
+    """
+    parameter = next(model.parameters())
+    return model.normalize(batch.images.to(parameter)), batch.labels.to(parameter.device)
+
+
 def build_model(
     name: str,
     num_classes: int = 10,
@@ -84,8 +92,10 @@ def build_model(
     """An untrained client model in eval mode; the same seed gives the same weights and
     leaves the global generator alone.
 
-    `name`: "resnet18", "convnet", "convnet16" (half as wide) or "lenet". Raises
-    ModelError for any other, for less than one class and for a seed of 2⁶³ or more.
+    `name`: "resnet18", "convnet", "convnet16" (half as wide), "convnet16-groupnorm"
+    (that with GroupNorm for BatchNorm, so that nothing of the images stays in the
+    model, as differential privacy needs it) or "lenet". Raises ModelError for any
+    other, for less than one class and for a seed of 2⁶³ or more.
     """
     if num_classes < 1 or abs(seed) >= 2**63:
         raise ModelError(
@@ -114,14 +124,15 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     return network
 
 
-def _convnet(num_classes: int, image_size: int, *, width: int = 32) -> nn.Module:
-    """Six 3×3 convolutions with BatchNorm and ReLU (32-64-64, pool, 128-128-128, pool
-    for width 32) and a linear layer.
+def _convnet(num_classes: int, image_size: int, width: int = 32, groups: int = 0) -> nn.Module:
+    """Six 3×3 convolutions with BatchNorm, or GroupNorm of so many `groups`, and ReLU
+    (32-64-64, pool, 128-128-128, pool for width 32) and a linear layer.
     """
     widths = [3, width, *[2 * width] * 2, *[4 * width] * 3]
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        norm = nn.GroupNorm(groups, outputs) if groups else nn.BatchNorm2d(outputs)
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), norm, nn.ReLU()]
         if index in (2, 5):
             layers.append(nn.MaxPool2d(3))
     features = 4 * width * (image_size // 9) ** 2
@@ -146,6 +157,7 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet18": _resnet18,
     "convnet": _convnet,
     "convnet16": partial(_convnet, width=16),
+    "convnet16-groupnorm": partial(_convnet, width=16, groups=8),
     "lenet": _lenet,
 }
 
@@ -187,13 +199,13 @@ def model_fingerprint(model: nn.Module) -> str:
     return fingerprint(model.state_dict())
 
 
-def mixes_images(network: nn.Module, mode: Mode) -> bool:
+def mixes_images(network: nn.Module) -> bool:
     """Whether the images of a batch meet in the network, so that its gradient is not the
     mean of its images' gradients: in BatchNorm in train mode, and in either mode where it
     keeps no running statistics (track_running_stats=False).
     """
     layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    return any(mode == "train" or layer.running_mean is None for layer in layers)
+    return any(layer.training or layer.running_mean is None for layer in layers)
 
 
 def check_client_model(model: nn.Module) -> None:
@@ -218,20 +230,21 @@ def check_client_model(model: nn.Module) -> None:
 
 
 @torch.enable_grad()
-def count_classes(model: ClientModel, images: Images) -> int:
+def count_classes(model: ClientModel, batch: LabeledImages) -> int:
     """How many classes the model tells apart: the width of the logits that a copy of it
-    gives `images`.
+    gives the batch.
 
     Raises ModelError when it cannot take the images, when what it gives are no logits,
     or when these do not depend on a trainable parameter.
     """
-    probe = copy.deepcopy(model)
+    check_client_model(model)
     try:
-        logits = probe.network(probe.normalize(images))
+        logits = copy.deepcopy(model.network)(prepared(model, batch)[0])
     except Exception as error:  # the network may be anybody's code
+        shape = tuple(batch.pixels.shape)
         raise ModelError(
-            f"The model cannot take a batch of shape {tuple(images.shape)} ({error}). Build it "
-            f"for images of this size: build_model(…, image_size={images.shape[-1]})."
+            f"The model cannot take a batch of shape {shape} ({error}). Build it for images of "
+            f"this size: build_model(…, image_size={shape[-1]})."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.requires_grad:
         raise ModelError(
