@@ -399,7 +399,9 @@ def test_any_defence_survives_json(defenses):
 def test_defences_that_need_the_clients_side_say_so(lenet, batch, defense):
     update = Client(lenet).share(batch)
     for some in ({}, {"model": lenet}, {"batch": batch}, {"model": lenet, "batch": batch[:3]}):
-        with pytest.raises(DefenseError, match="that the update was computed with.*batch=…"):
+        with pytest.raises(
+            DefenseError, match="the model and batch that the update is of.*batch=…"
+        ):
             defense(update, **some)
     with pytest.raises(UpdateError, match="other weights"):
         defense(update, model=build_model("lenet", seed=1), batch=batch)
@@ -457,7 +459,9 @@ def test_soteria_prunes_what_enters_the_layer_that_is_used_last_not_registered_l
 def test_soteria_is_refused_where_the_classifier_is_frozen(batch):
     model = build_model("lenet")
     model.network[-1].requires_grad_(False)
-    with pytest.raises(DefenseError, match=r"network\.7\.weight is frozen"):
+    with pytest.raises(
+        DefenseError, match=r"network\.7\.weight is frozen. Let it train, or leave out Soteria"
+    ):
         Client(model).share(batch, defenses=[SOTERIA])
 
 

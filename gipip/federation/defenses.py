@@ -18,14 +18,7 @@ from torch import Tensor, nn
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DefenseError
 from gipip.federation.client import SharedUpdate, local_update
-from gipip.federation.models import (
-    ClientModel,
-    Images,
-    last_linear,
-    mixes_images,
-    prepared,
-    trainable,
-)
+from gipip.federation.models import ClientModel, last_linear, mixes_images, prepared, trainable
 from gipip.files import fingerprint
 
 Private = tuple[ClientModel | None, LabeledImages | None]
@@ -147,10 +140,7 @@ class Soteria(Defense):
         layer, features = last_linear(model.network, inputs)
         classifier = f"network.{layer}.weight"
         if classifier not in update.parameter_names:
-            raise DefenseError(
-                f"{classifier} is frozen, so the update holds no gradient that {self} could "
-                "prune. Let the classifier train."
-            )
+            raise DefenseError(f"{classifier} is frozen. Let it train, or leave out {self}.")
         leakage = _leakage(features, inputs)
         mask = torch.ones_like(leakage)
         mask[leakage.topk(round(self.pruned * len(leakage))).indices] = 0
@@ -186,15 +176,9 @@ class DPSGD(Defense):
 
     def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
         if update.defenses:
-            raise DefenseError(
-                f"{self} computes the gradients anew, which would undo "
-                f"{', '.join(update.defenses)}. Apply it first."
-            )
+            raise DefenseError(f"{self} would undo {', '.join(update.defenses)}. Apply it first.")
         if update.fedavg:
-            raise DefenseError(
-                f"{self} clips the gradients of single images, which local training does not "
-                "share. Share without fedavg."
-            )
+            raise DefenseError(f"{self} clips single images' gradients. Share without fedavg.")
         model, batch = _recall(update, private)
         return self.noisy_mean(model, batch, len(batch), self.seed)
 
@@ -208,9 +192,8 @@ class DPSGD(Defense):
         """
         if mixes_images(model):
             raise DefenseError(
-                f"{self} needs a gradient of each single image, but BatchNorm on batch statistics "
-                "mixes the images. Use mode='eval' and running statistics, or a model without "
-                "BatchNorm, such as 'convnet16-groupnorm'."
+                f"{self} needs each single image's gradient, but BatchNorm mixes the images. Use "
+                "mode='eval' and running statistics, or a model such as 'convnet16-groupnorm'."
             )
         parameters = trainable(model.network)
         total = [torch.zeros_like(parameter) for parameter in parameters.values()]
@@ -261,8 +244,7 @@ def _recall(update: SharedUpdate, private: Private) -> tuple[ClientModel, Labele
     model, batch = private
     if model is None or batch is None or len(batch) != update.batch_size:
         raise DefenseError(
-            "This defence needs the model and the batch that the update was computed with: "
-            "defense(update, model=…, batch=…)."
+            "Pass the model and batch that the update is of: defense(update, model=…, batch=…)."
         )
     update.check(model)
     return copy.deepcopy(model).train(update.mode == "train"), batch
@@ -285,7 +267,7 @@ def _clipped(gradients: Sequence[Tensor], max_norm: float) -> Iterator[Tensor]:
 
 
 def _leakage(
-    features: Float[Tensor, "batch features"], inputs: Images
+    features: Float[Tensor, "batch features"], inputs: Tensor
 ) -> Float[Tensor, "features"]:
     """Σ over the images of |rᵢ| / ‖∂rᵢ/∂x‖₂ for each of the features r of the inputs x."""
     norms = []

@@ -5,9 +5,10 @@ layer normalises them. Attacks use the two parts apart, because their variable l
 normalised space.
 """
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -189,9 +190,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters a client trains, and so shares gradients of, by name; frozen ones
     (requires_grad=False) are left out.
     """
-    return {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -214,8 +213,7 @@ def check_client_model(model: nn.Module) -> None:
     """
     if not isinstance(model, ClientModel):
         raise ModelError(
-            f"The model ({type(model).__name__}) has no normalisation layer that gipip knows. "
-            "Wrap your network: gipip.client_model(network, mean=(…), std=(…))."
+            f"{described(model)} has no normalisation layer. Use gipip.client_model(network, …)."
         )
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise ModelError("The model's lazy layers have no weights yet. Run it once: model(images).")
@@ -224,8 +222,8 @@ def check_client_model(model: nn.Module) -> None:
     types = {parameter.dtype for parameter in model.parameters()}
     if types not in ({torch.float32}, {torch.float64}):
         raise ModelError(
-            f"The model's weights are {', '.join(map(str, types))}; expected all float32 or all "
-            "float64. Convert it: model.float()."
+            f"The weights are {', '.join(map(str, types))}; expected all float32 or all float64. "
+            "Convert them: model.float()."
         )
 
 
@@ -261,27 +259,38 @@ def described(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
+Entered = list[tuple[str, nn.Module, Tensor]]
+
+
+@contextlib.contextmanager
+def entering(network: nn.Module, kind: type[nn.Module]) -> Iterator[Entered]:
+    """Collects the name of each layer of a kind, the layer and what enters it, in the order
+    of the forward pass run inside.
+    """
+    seen: Entered = []
+
+    def keep(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append((name, layer, inputs[0]))
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in network.named_modules():
+            if isinstance(layer, kind):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
+        yield seen
+
+
 def last_linear(network: nn.Module, inputs: Images) -> tuple[str, Float[Tensor, "batch features"]]:
     """Name of the linear layer whose output the logits are, and the features that enter
-    it, found by running a copy of the network on `inputs`.
+    it, found by running the network on `inputs`.
 
     Raises ModelError when the logits come from something else.
     """
-    network = copy.deepcopy(network)
-    entered: dict[nn.Module, Tensor] = {}
-    left: dict[nn.Module, Tensor] = {}
-
-    def keep(layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-        entered[layer], left[layer] = arguments[0], output.clone()  # ReLU may work in place
-
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            layer.register_forward_hook(keep)
-    logits = network(inputs)
-    for name, layer in network.named_modules():
-        if layer in left and torch.equal(left[layer], logits):
-            return name, entered[layer]
+    with entering(network, nn.Linear) as seen:
+        logits = network(inputs)
+    for name, layer, features in seen:
+        if torch.equal(layer(features), logits):
+            return name, features
     raise ModelError(
-        "The model's logits do not come straight from a linear layer, from whose gradient labels "
-        "are inferred. Share the labels: Client.share(batch, labels='given')."
+        "The model's logits do not come straight from a linear layer. To need none for the "
+        "labels, share them: labels='given'."
     )

@@ -59,16 +59,10 @@ def train_federated(
         )
     check_parts(model, images, defenses)
     private = len(defenses) > 0 and isinstance(defenses[0], DPSGD)
-    settings = {
-        "steps": steps,
-        "batch size": batch_size,
-        "learning rate": learning_rate,
-        "seed": seed,
-        "model": model_fingerprint(model),
-        "data": images.fingerprint,
-        "defenses": [defense.model_dump() for defense in defenses],
-        "Poisson sampling": private,
-    }
+    numbers = {"steps": steps, "size": batch_size, "rate": learning_rate, "seed": seed}
+    given = {"model": model_fingerprint(model), "data": images.fingerprint}
+    policy = {"defenses": [defense.model_dump() for defense in defenses], "Poisson": private}
+    settings = {**numbers, **given, **policy}
     name = fingerprint({}, canonical_json(settings))[:24]
     path = Path(store) / "clients" / f"{name}.safetensors" if store else None
     model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # a fifth faster
@@ -112,6 +106,7 @@ def _private_updates(
     depend on the images, and no two steps have the same noise.
     """
     dpsgd, *others = defenses
+    assert isinstance(dpsgd, DPSGD)
     names, shape = tuple(trainable(model)), tuple(images.pixels.shape[1:])
     while True:
         batch = images[torch.rand(len(images), generator=draw) < size / len(images)]
