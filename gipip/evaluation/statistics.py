@@ -117,10 +117,12 @@ def stratified_test(strata: Sequence[ArrayLike], above: float = 0.0) -> tuple[In
     return Interval(mean, low, high, count), p / 2 if mean > above else 1 - p / 2
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: ArrayLike) -> list[float]:
     """p-values corrected for their number (Holm 1979): below 0.05, the chance of a single false
     decision among all of them is at most 5 %. nan counts as 1.
     """
     from statsmodels.stats.multitest import multipletests  # slow to import
 
-    return multipletests(np.nan_to_num(p_values, nan=1.0), method="holm")[1].tolist()
+    return multipletests(np.nan_to_num(np.asarray(p_values, float), nan=1.0), method="holm")[
+        1
+    ].tolist()

@@ -1,14 +1,13 @@
-"""What the notebooks say about the paper's claims.
+"""What the notebooks found about the paper's claims, as tables and pages.
 
-Six *endpoints*, one a claim, were fixed before they were measured: they alone get a verdict,
-corrected for their number. Every other comparison is *secondary*: it gets an interval. A notebook
-saves both as tables; `make reproduce` joins them and writes README.md and docs/claims.md.
+Six *endpoints*, one a claim (endpoints.py), were fixed before they were measured: they alone get a
+verdict, corrected for their number. Every other comparison is *secondary*: it gets an interval. A
+notebook saves both as tables; `make reproduce` joins them and writes README.md and docs/claims.md.
 """
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,132 +15,9 @@ import numpy
 import pandas
 
 from gipip.errors import DataError
-from gipip.evaluation.statistics import Interval, holm, stratified_test
+from gipip.evaluation.statistics import Interval, holm
+from gipip.experiments.endpoints import NOT_MEASURED, STUDY, Endpoint
 from gipip.experiments.results import Results
-
-NOTHING_RECOVERED = "nothing recovered"
-NO_FAIR_OPPONENT = "no fair opponent could be trained here"
-NOT_MEASURED = "not measured yet"
-PENDING = "pending: not all planned units, or another network"
-
-
-class Planned(NamedTuple):
-    """What decides a claim, fixed beforehand: the comparison, its metric, the client's `model`, and
-    how many `units` (independent batches) each stratum has. Strata have equal weight.
-    """
-
-    claim: str
-    endpoint: str
-    metric: str
-    model: str
-    units: tuple[int, ...]
-
-
-STUDY = {
-    1: Planned(
-        "The anomaly score improves inversion",
-        "GI-PIP − IG, each tuned, mean over B = 1, 4, 8",
-        "psnr",
-        "resnet18",
-        (64, 32, 16),
-    ),
-    2: Planned(
-        "3.8 % auxiliary data suffice where a GAN needs over 70 %",
-        "GI-PIP − GIAS with 70 %, in equal time, is above −0.3 dB, B = 4",
-        "psnr",
-        "convnet",
-        (48,),
-    ),
-    3: Planned(
-        "It generalises better than GAN-based inversion",
-        "loss of GIAS − loss of GI-PIP by a prior of the other classes, B = 4",
-        "psnr",
-        "convnet",
-        (48,),
-    ),
-    4: Planned(
-        "It is the stronger threat under defences and local training",
-        "GI-PIP − IG, mean over the conditions in which something is recovered, B = 1",
-        "ssim",
-        "convnet",
-        (32,),
-    ),
-    5: Planned(
-        "Photographs of ImageNet are recovered with 16.12 dB",
-        "GI-PIP − 16.12 dB is within ±1 dB, and the anomaly score raises SSIM, B = 1",
-        "psnr",
-        "resnet18",
-        (32,),
-    ),
-    6: Planned(
-        "Features, recovered exactly, are a better start (ours)",
-        "refined features attack − GI-PIP, mean over B = 4, 8",
-        "psnr",
-        "resnet18",
-        (32, 16),
-    ),
-}
-"""The primary endpoints, by the number of their claim."""
-
-
-class Part(NamedTuple):
-    """One inequality: the mean of the strata's means is greater than `above`.
-
-    `strata`: for each stratum the values of its units.
-    """
-
-    strata: Sequence[numpy.ndarray]
-    above: float = 0.0
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """The primary endpoint of a claim, as far as it is measured: it holds if all `parts` do.
-
-    `number`: of the claim in STUDY. `model`: the network that was attacked. `obstacle`: why the
-    claim cannot be judged, such as NOTHING_RECOVERED.
-    """
-
-    number: int
-    model: str
-    parts: Sequence[Part]
-    obstacle: str = ""
-
-    def row(self) -> dict:
-        """Of the endpoints' table: interval of the first part, and the two-sided p-value, which is
-        negative if it speaks against the claim.
-        """
-        intervals, ps = zip(*(stratified_test(*part) for part in self.parts), strict=True)
-        units = [len(values) for values in self.parts[0].strata]
-        planned = STUDY[self.number]
-        as_planned = self.model == planned.model and _reached(units, planned.units)
-        return {
-            "claim": f"{self.number} {planned.claim}",
-            "endpoint": planned.endpoint,
-            "metric": planned.metric,
-            "model": self.model,
-            "units": f"{_text(units)} of {_text(planned.units)}",
-            **intervals[0]._asdict(),
-            "p": _two_sided(ps),
-            "obstacle": self.obstacle or ("" if as_planned else PENDING),
-        }
-
-
-def _reached(units: Sequence[int], planned: Sequence[int]) -> bool:
-    return len(units) == len(planned) and all(map(int.__ge__, units, planned))
-
-
-def _text(units: Sequence[int]) -> str:
-    return " + ".join(map(str, units))
-
-
-def _two_sided(one_sided: Sequence[float]) -> float:
-    """Of a claim with several parts: for it the largest of their one-sided p-values, against it the
-    smallest of the opposite ones times their number (Bonferroni). The sign says which.
-    """
-    supports = max(one_sided)
-    contradicts = len(one_sided) * min(1 - p for p in one_sided)
-    return min(1.0, 2 * supports) if supports <= contradicts else -min(1.0, 2 * contradicts)
 
 
 class Comparison(NamedTuple):
@@ -229,9 +105,9 @@ def _read_all(folder: Path, name: str) -> pandas.DataFrame:
 
 
 def _read(path: Path, columns: dict[str, type]) -> pandas.DataFrame:
-    options: dict = {"float_precision": "round_trip", "keep_default_na": False}
-    try:
-        return pandas.read_csv(path, dtype=columns, na_values=["nan"], **options)[list(columns)]
+    try:  # as text first, for numbers that are exact to the last digit
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        return table[list(columns)].astype(columns)
     except (KeyError, ValueError) as error:  # a column missing; no number, no CSV
         expected = f"Expected the columns {', '.join(columns)}; run its notebook."
         raise DataError(f"{path} is no table of findings ({error}). {expected}") from error
