@@ -62,7 +62,7 @@ def _computed(run: Run, store: ResultStore | None, deadline: float) -> Result:
         "notes": reconstruction.notes,
         "seconds": reconstruction.seconds,
         "engine": reconstruction.engine,
-        "made": provenance(),
+        "made": provenance() | {"code": code_version(type(run.attack))},
     }
     metrics, details = json.loads(canonical_json([metrics, details]))  # as they come from the store
     matched = metrics["matched"]
@@ -100,7 +100,6 @@ def provenance() -> dict:
     return {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "code": code_version(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
