@@ -54,7 +54,8 @@ def _computed(run: Run, store: ResultStore | None, deadline: float) -> Result:
     reconstruction = run.attack(model, run.scenario.update(model), checkpoint=checkpoint)
     if reconstruction.interrupted:  # half a result must not be stored as a whole one
         raise KeyboardInterrupt
-    metrics = evaluate(reconstruction, truth, model=model).to_dict(orient="list")
+    table = evaluate(reconstruction, truth, model=model, pool=run.scenario.candidates())
+    metrics = table.to_dict(orient="list")
     details = {
         "assumptions": reconstruction.assumptions,
         "returned": reconstruction.returned,
@@ -178,10 +179,11 @@ def _errors(
     futures, died = {executor.submit(work, run): run for run in runs}, []
     try:
         for future in as_completed(futures):
-            if _process_died(future):
+            error = _error(future)
+            if error.startswith(TerminatedWorkerError.__name__):
                 died.append(futures[future])
             else:
-                yield futures[future], _error(future)
+                yield futures[future], error
         for run in died:
             yield run, _error(executor.submit(work, run))
     finally:  # after Ctrl-C, what has not begun must not begin
@@ -217,10 +219,6 @@ def _work(run: Run, store: ResultStore, deadline: float) -> str:
     except Exception as error:
         return repr(error)
     return ""
-
-
-def _process_died(future: Future) -> bool:
-    return not future.cancelled() and isinstance(future.exception(), TerminatedWorkerError)
 
 
 def _error(future: Future) -> str:
