@@ -17,6 +17,7 @@ import torch
 
 import gipip
 from gipip.attacks.dlg import DLG
+from gipip.attacks.gias import GIAS
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
@@ -441,13 +442,13 @@ def test_keys_are_the_same_in_another_process_but_for_a_trained_client_of_other_
     assert same_ones == [run.key() for run in runs] and other != trained
 
 
-def version_of(package):
-    """The version of the code of a copy of gipip."""
+def versions(package):
+    """The versions of the code of three attacks in a copy of gipip."""
     file = package / "experiments" / "version.py"
     spec = importlib.util.spec_from_file_location("version_of_a_copy", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.code_version()
+    return {attack.name: module.code_version(attack) for attack in (InvertingGradients, GIAS, DLG)}
 
 
 @pytest.fixture
@@ -455,28 +456,48 @@ def package(tmp_path):
     return Path(shutil.copytree(Path(gipip.__file__).parent, tmp_path / "gipip"))
 
 
-def test_the_codes_version_is_left_alone_by_comments_docstrings_and_what_computes_nothing(package):
-    assert version_of(package) == version.code_version()
-    attack = package / "attacks" / "dlg.py"
-    attack.write_text(attack.read_text().replace('"""', '"""In other words: ', 1))
-    with (package / "federation" / "client.py").open("a") as file:
-        file.write("# a remark\n")
-    (package / "figures.py").write_text("")
-    assert version_of(package) == version.code_version()
+THIS_VERSION = {
+    attack.name: version.code_version(attack) for attack in (InvertingGradients, GIAS, DLG)
+}
+
+
+def changed(package):
+    """The attacks whose version is another one in the copy."""
+    return {attack for attack, found in versions(package).items() if found != THIS_VERSION[attack]}
+
+
+def test_comments_docstrings_and_where_the_package_lies_change_no_version(package):
+    assert len(set(THIS_VERSION.values())) == 3
+    for name in ("attacks/loop.py", "attacks/gias.py", "federation/client.py"):
+        file = package / name
+        file.write_text(file.read_text().replace('"""', '"""In other words: ', 1) + "# a remark\n")
+    assert changed(package) == set()
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "attacks"),
     [
-        *("attacks/base.py", "attacks/engines/__init__.py", "attacks/a_new_one.py"),
-        *("federation/client.py", "priors/gan.py", "evaluation/metrics.py"),
-        "experiments/scenario.py",
+        ("attacks/gias.py", {"gias"}),
+        ("priors/gan.py", {"gias"}),
+        ("attacks/inverting_gradients.py", {"ig", "gias"}),
+        ("attacks/loop.py", {"ig", "gias", "dlg"}),
+        ("attacks/base.py", {"ig", "gias", "dlg"}),
+        ("attacks/engines/__init__.py", {"ig", "gias", "dlg"}),
+        ("attacks/engines/products.py", {"ig", "gias", "dlg"}),
+        ("federation/defenses.py", {"ig", "gias", "dlg"}),
+        ("evaluation/metrics.py", {"ig", "gias", "dlg"}),
+        ("experiments/scenario.py", {"ig", "gias", "dlg"}),
+        ("attacks/__init__.py", set()),
+        ("attacks/a_new_one.py", set()),
+        ("federation/training.py", set()),
+        ("experiments/sweep.py", set()),
+        ("figures.py", set()),
     ],
 )
-def test_any_statement_on_which_a_result_depends_changes_the_codes_version(package, name):
+def test_a_statement_changes_the_versions_of_the_attacks_that_depend_on_it(package, name, attacks):
     with (package / name).open("a") as file:
         file.write("\nNEW = 1\n")
-    assert version_of(package) != version.code_version()
+    assert changed(package) == attacks
 
 
 def test_a_result_of_other_code_is_not_reused(store, result):
@@ -502,6 +523,30 @@ def test_a_result_of_an_own_attack_is_not_reused_when_its_methods_have_changed()
     assert keys[0] == keys[1] != keys[2]
     shipped = [Run("own", LENET, darkening(factor)()).key(code="") for factor in (0.5, 0.9)]
     assert shipped[0] == shipped[1]
+
+
+_OWN = """{lines}import sys, gipip, cloudpickle
+from pathlib import Path
+class Own(gipip.InvertingGradients):
+    def project(self, view, variables):
+        if self.schedule in {{"steps", "cosine", "constant"}}:
+            return [(lambda text: text + "!")(text) for text in ("a", "b")]
+run = gipip.Run("own", gipip.Scenario(model="lenet"), Own())
+if sys.argv[1:]:
+    Path(sys.argv[1]).write_bytes(cloudpickle.dumps(run))
+print(run.key())
+"""
+_ELSEWHERE = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).key())"
+
+
+def test_an_own_attacks_key_is_the_same_in_a_worker_and_another_day(tmp_path):
+    def key(code, *arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    pickled = str(tmp_path / "run")
+    here = key(_OWN.format(lines=""), pickled)
+    assert here == key(_ELSEWHERE, pickled) == key(_OWN.format(lines="\n\n"))
 
 
 @pytest.mark.parametrize(
