@@ -1,7 +1,5 @@
 """The one optimisation loop: it minimises `terms(variables)`, and knows no attack and no engine."""
 
-import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -29,10 +27,12 @@ class Course:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler | None
     images: Callable[[], Tensor]
-    best: Variables
-    best_cost: Float[Tensor, ""]
     history: list[Terms] = field(default_factory=list)
     stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.best = {name: value.detach().clone() for name, value in self.variables.items()}
+        self.best_cost = torch.full((), torch.inf).to(next(iter(self.best.values())))
 
     @property
     def cost(self) -> Float[Tensor, ""]:
@@ -82,7 +82,7 @@ class Course:
 
 def total(terms: Terms) -> Float[Tensor, ""]:
     """The cost: the sum of its weighted terms."""
-    return functools.reduce(operator.add, terms.values())
+    return sum(terms.values())
 
 
 class Observer:

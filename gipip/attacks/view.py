@@ -64,13 +64,13 @@ class View:
     start: Variables = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **how) -> Self:
+    def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **options) -> Self:
         """That of `update`, with the labels that came with it.
 
-        `engine`, `how`: of `client_gradient`. Raises LabelError, BatchSizeError or EngineError.
+        `engine`, `options`: of `client_gradient`. Raises LabelError, BatchSizeError or EngineError.
         """
         model = copy.deepcopy(model).train(update.mode == "train")  # running statistics would move
-        gradients = client_gradient(model, update, engine, **how)
+        gradients = client_gradient(model, update, engine, **options)
         target = gradients.laid_out(update.gradients)
         view = cls(model, update, gradients, target, update.labels)
         _check_labels(view)
