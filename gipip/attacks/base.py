@@ -195,7 +195,7 @@ class Attack(BaseModel):
             variables,
             optimizer,
             schedule,
-            images=lambda: view.images(self.candidate(view, variables).detach()).float().cpu(),
+            images=partial(self._images, view, variables),
         )
         return minimise(
             partial(self.terms, view),
@@ -212,19 +212,21 @@ class Attack(BaseModel):
             return course.variables, course.cost.item(), "last iterate"
         return course.best, course.best_cost.item(), "lowest attacker-visible cost"
 
+    @torch.no_grad()
+    def _images(self, view: View, variables: Variables) -> Images:
+        return view.images(self.candidate(view, variables)).float().cpu()
+
     def _reconstruction(self, view: View, courses: list[Course], seconds: float) -> Reconstruction:
         """The best course's."""
         results = [self.chosen(course) for course in courses]
         best = min(range(len(courses)), key=lambda index: results[index][1])
         variables, cost, returned = results[best]
-        with torch.no_grad():
-            images = view.images(self.candidate(view, variables)).float().cpu()
         notes = [note for course in courses for note in course.notes]
         if not all(course.finite for course in courses):
             advice = "A smaller learning rate or another seed may help."
             warnings.warn(f"{type(self).__name__}: {'; '.join(notes)}. {advice}", stacklevel=3)
         return Reconstruction(
-            images=images,
+            images=self._images(view, variables),
             labels=self.labels(view, variables).cpu(),
             history=courses[best].curves,
             cost=cost,

@@ -195,7 +195,7 @@ class Client:
         model.train(mode == "train")
         parameter = next(model.parameters())
         images, targets = batch.images.to(parameter), batch.labels.to(parameter.device)
-        _check_labels(targets, count_classes(model, images[:2]))
+        check_labels(targets, count_classes(model, images[:2]))
         with torch.no_grad(), batch_statistics(model) as found:
             if statistics == "shared":
                 model(images)
@@ -240,7 +240,8 @@ def _is_defense(value: object) -> bool:
     return callable(value) and not isinstance(value, type)  # a class still lacks its settings
 
 
-def _check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:
+def check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:
+    """Raise LabelError unless the labels are class indices of a model with so many classes."""
     if labels.dtype != torch.int64:
         raise LabelError(
             f"The labels are {labels.dtype}; expected int64 class indices: labels.long()."

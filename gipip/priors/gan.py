@@ -153,7 +153,8 @@ class GeneratorTraining(Training[GenerativePrior]):
         self.generator = generator.to(self.device)
         self.discriminator = discriminator(settings["width"], side).to(self.device)
         self.average = AveragedModel(self.generator, avg_fn=_forgetting, use_buffers=True)
-        super().__init__(self.average.module.eval().requires_grad_(False), auxiliary)
+        network = self.average.module.eval().requires_grad_(False)
+        super().__init__(network, auxiliary)  # type: ignore[arg-type]
         self.auxiliary, self.batch_size = auxiliary, settings["batch_size"]
         self.augment = augmentation()
         self.optimizers = [
@@ -196,9 +197,9 @@ class GeneratorTraining(Training[GenerativePrior]):
         return {"kernel distance": self.distance(made)}
 
 
-def _forgetting(average: Tensor, latest: Tensor, steps: Tensor) -> Tensor:
+def _forgetting(average: Tensor, latest: Tensor, steps: Tensor | int) -> Tensor:
     """Of the first, random weights soon, of others over some 500 steps."""
-    decay = min(0.998, steps.item() / (steps.item() + 10))
+    decay = min(0.998, int(steps) / (int(steps) + 10))
     return average * decay + latest * (1 - decay)
 
 

@@ -28,7 +28,7 @@ from gipip.federation.models import ClientModel
 
 _aten = torch.ops.aten
 _RECORDINGS: dict[Hashable, GraphModule] = {}
-_NO_DERIVATIVE = {"aten.native_group_norm_backward.default"}
+_NO_DERIVATIVE = _aten.native_group_norm_backward.default
 _KEPT = 16  # recordings, each a list of operations without weights
 _TOLERANCE = 1e-2  # of the gradient's norm: rounding moves it by far less, another function by more
 
@@ -79,7 +79,7 @@ class Traced(ClientGradient):
         if kind not in self.recordings:
             names = (*self.parameters, *self.fixed)
             key = (kind, self.fedavg, names, _structure(self.network))
-            recording = _RECORDINGS.pop(key, None) or self._record_differentiable(images, labels)
+            recording = _RECORDINGS.pop(key, None) or self._record(images, labels)
             if not self._agrees(recording, images, labels):
                 raise _NotRecorded("a recording of its operations gives another gradient")
             self.recordings[kind] = _RECORDINGS[key] = recording
@@ -87,17 +87,12 @@ class Traced(ClientGradient):
                 del _RECORDINGS[next(iter(_RECORDINGS))]
         return self.recordings[kind]
 
-    def _record_differentiable(self, images: Tensor, labels: Tensor) -> GraphModule:
-        """Of the kernels that PyTorch takes for a first derivative, unless one of them has no
+    def _record(self, images: Tensor, labels: Tensor, create_graph: bool = False) -> GraphModule:
+        """`local_update` for any images, labels, parameters and all else that the network holds.
+
+        Of the kernels that PyTorch takes for a first derivative, unless one of them has no
         derivative itself (group normalisation's): then of those it takes for a second.
         """
-        recording = self._record(images, labels, create_graph=False)
-        if not any(str(node.target) in _NO_DERIVATIVE for node in recording.graph.nodes):
-            return recording
-        return self._record(images, labels, create_graph=True)
-
-    def _record(self, images: Tensor, labels: Tensor, create_graph: bool) -> GraphModule:
-        """`local_update` for any images, labels, parameters and all else that the network holds."""
 
         def update(images: Tensor, labels: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
             count = len(self.parameters)
@@ -109,19 +104,21 @@ class Traced(ClientGradient):
 
         plain = [tensor.detach().contiguous() for tensor in (images, labels, *self.constants)]
         try:
-            return _rewritten(make_fx(update)(*plain))
+            recording = make_fx(update)(*plain)
         except Exception as error:  # a network may do anything in its forward pass
             raise _NotRecorded(f"the network cannot be recorded ({error})") from error
+        if any(node.target is _NO_DERIVATIVE for node in recording.graph.nodes):
+            return self._record(images, labels, create_graph=True)
+        return _rewritten(recording)
 
     @torch.no_grad()
     def _agrees(self, recording: GraphModule, images: Tensor, labels: Tensor) -> bool:
         """Whether the recording gives the reference's gradient here."""
         ours = PartlyFactored(recording(images, labels, *self.constants))
-        inputs = images.detach(), labels.detach()
         with torch.enable_grad():
-            theirs = local_update(self.network, self.parameters, *inputs, self.fedavg)
+            theirs = self.reference(images.detach(), labels.detach())
         error = Gradients(a - b for a, b in zip(ours, theirs, strict=True)).norm
-        return bool(error <= _TOLERANCE * Gradients(theirs).norm)
+        return bool(error <= _TOLERANCE * theirs.norm)
 
     def _in_chunks(self, images: Tensor, labels: Tensor, chunk_size: int) -> Gradients:
         """The same from at most `chunk_size` images at a time: less memory for up to half as much
