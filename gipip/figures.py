@@ -30,7 +30,9 @@ COLUMN, PAGE = 3.5, 7.2
 LABELS = {
     "psnr": "PSNR (dB), higher is better",
     "ssim": "SSIM, higher is better",
+    "ssim_padded": "SSIM with zeros around the image, higher is better",
     "lpips": "LPIPS, lower is better",
+    "identified": "share identified",
     "feature_mse": "feature MSE, lower is better",
 }
 """Axis labels of the metrics; any other column is labelled with its name."""

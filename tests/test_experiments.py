@@ -20,7 +20,7 @@ from gipip.attacks.dlg import DLG
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.data.datasets import load_dataset
+from gipip.data.datasets import LabeledImages, load_dataset, named_tensors
 from gipip.errors import DamagedFileError, DataError, ModelError, StoreError
 from gipip.evaluation.statistics import paired_difference
 from gipip.experiments import sweep as sweeps
@@ -243,6 +243,32 @@ def test_a_scenario_draws_its_classes_only():
         batches[0].indices.tolist()
         == data.restricted((1, 9)).private(batch_size=2).indices.tolist()
     )
+
+
+def test_a_reconstruction_is_sought_among_all_images_of_the_scenarios_pool_and_classes():
+    data = load_dataset("cifar10")
+    for pool in ("private", "tuning"):
+        whole = getattr(data, f"{pool}_pool").indices
+        assert set(Scenario(pool=pool).candidates().indices.tolist()) == set(whole.tolist())
+    some = Scenario(classes=(9, 1)).candidates()
+    assert set(some.labels.tolist()) == {1, 9} and 50 <= len(some) <= 52
+
+
+def test_a_reconstruction_is_sought_among_a_thousand_images_of_a_large_pool_and_its_batch(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path))
+    labels = torch.arange(1_200) // 120
+    pixels = torch.arange(1_200).remainder(256).to(torch.uint8).view(-1, 1, 1, 1)
+    pool = LabeledImages(pixels.expand(-1, 3, 64, 64).contiguous(), labels)
+    tensors = named_tensors(tuning=pool[[0, 1]], private=pool)
+    write_tensors(tmp_path / "imagenet64-many.safetensors", tensors, {})
+    for seed in range(5):
+        scenario = Scenario(dataset="imagenet64-many", batch_size=10, seed=seed)
+        found, own = scenario.candidates().indices.tolist(), scenario.batch().indices.tolist()
+        assert 1_000 <= len(found) <= 1_010 and set(own) <= set(found)
+        assert len(found) == len(set(found))
+    assert scenario.candidates().labels[:1_000].bincount().tolist() == [100] * 10
 
 
 def test_a_scenario_of_a_trained_client_has_the_weights_of_that_epoch(trained_lenet):
@@ -580,7 +606,9 @@ def test_a_result_holds_images_aligned_to_the_truth_metrics_history_and_provenan
         "gradient matching": 4,
         "total variation": 4,
     }
-    assert {"psnr", "ssim", "lpips", "feature_mse"} <= set(result.metrics)
+    metrics = {"psnr", "ssim", "ssim_padded", "lpips", "identified", "feature_mse"}
+    assert metrics <= set(result.metrics)
+    assert result.metrics["candidates"].tolist() == [256]
     assert result.details["made"]["versions"]["torch"] == torch.__version__
 
 
@@ -805,6 +833,17 @@ def test_the_table_does_not_average_over_untrained_and_trained_clients():
     ).table(["psnr"])
     assert list(table["model"]) == ["convnet16", "convnet16@40"]
     assert [text.split()[0] for text in table["psnr"]] == ["30.000", "20.000"]
+
+
+def test_the_table_shows_the_share_identified_among_how_many_and_nothing_where_it_was_not_measured():
+    parts = [made_up("IG", [10.0, 11.0], seed=seed) for seed in range(2)]
+    for part, found in zip(parts, ([0.0, 1.0], [0.0, 0.0]), strict=True):
+        part.metrics["identified"], part.metrics["candidates"] = found, 256
+    earlier = made_up("earlier", [10.0, 11.0])
+    table = Results([*parts, earlier]).table()
+    assert table["identified"][0].startswith("0.250 [") and table["candidates"][0] == 256
+    assert table.loc[1, ["identified", "candidates"]].isna().all()
+    assert "ssim_padded" not in table and table["lpips"].notna().all()
 
 
 def test_an_effect_is_the_mean_difference_over_the_images_both_arms_attacked(results):

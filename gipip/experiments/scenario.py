@@ -52,6 +52,16 @@ class Scenario(BaseModel):
             batch_size=self.batch_size, seed=self.seed, distinct_labels=self.distinct_labels
         )
 
+    def candidates(self) -> LabeledImages:
+        """The images among which a reconstruction should find its own: all of the batch's pool.
+
+        Of a pool of more than 1,000 that many, each class in proportion, and the batch.
+        """
+        pool = getattr(_dataset(self.dataset, self.classes), f"{self.pool}_pool")
+        rows, own = pool.shuffled("candidates"), set(self.batch().indices.tolist())
+        others = [row for row in rows[1000:] if int(pool.indices[row]) in own]
+        return pool[rows[:1000] + others]
+
     def client_model(self) -> ClientModel:
         """The client's model, the same for the same seed or number of epochs."""
         if self.epochs:

@@ -53,7 +53,8 @@ def _computed(run: Run, store: ResultStore | None, deadline: float) -> Result:
     reconstruction = run.attack(model, run.scenario.update(model), checkpoint=checkpoint)
     if reconstruction.interrupted:  # half a result must not be stored as a whole one
         raise KeyboardInterrupt
-    metrics = evaluate(reconstruction, truth, model=model).to_dict(orient="list")
+    table = evaluate(reconstruction, truth, model=model, pool=run.scenario.candidates())
+    metrics = table.to_dict(orient="list")
     costs = reconstruction.restart_costs
     details = {
         "assumptions": reconstruction.assumptions,
