@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import gipip
 from gipip.attacks.objectives import total_variation
-from gipip.errors import DataError
 from gipip.evaluation.anomalies import anomalies, auroc
 
 
@@ -60,7 +60,7 @@ def test_auroc_is_the_share_of_pairs_to_the_last_digit_with_ties_and_without():
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_an_impossible_seed_is_refused(natural, seed):
-    with pytest.raises(DataError, match="anomalies: seed="):
+    with pytest.raises(ValidationError, match="anomalies\nseed\n"):
         anomalies(natural, seed=seed)
 
 

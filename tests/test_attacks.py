@@ -420,9 +420,7 @@ def test_a_batch_size_that_does_not_fit_the_labels_is_refused(tiny, attack):
 
 def test_a_label_out_of_range_is_refused(tiny):
     model, update, _ = tiny
-    with pytest.raises(
-        LabelError, match=r"\[1, 5\] are out of range: the model has 5 classes, 0 to 4"
-    ):
+    with pytest.raises(LabelError, match="Label 5 is out of range: the model has 5 classes"):
         InvertingGradients()(model, dataclasses.replace(update, labels=torch.tensor([1, 5])))
 
 

@@ -4,6 +4,7 @@ images. What all priors share is in test_priors.
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from gipip.data.datasets import LabeledImages, load_dataset
@@ -99,13 +100,13 @@ def test_sides_that_cannot_be_halved_as_often_are_neither_trained_on_nor_scored(
 
 @pytest.mark.parametrize("settings", [{"width": 0}, {"depth": 0}, {"width": 1.5}])
 def test_an_impossible_autoencoder_is_refused_by_name(settings):
-    with pytest.raises(DataError, match=f"Autoencoder.*{next(iter(settings))}="):
+    with pytest.raises(ValidationError, match=f"Autoencoder.*\n{next(iter(settings))}\n"):
         Autoencoder(**settings)
 
 
 @pytest.mark.parametrize("offset", [float("nan"), float("inf")])
 def test_an_offset_that_is_not_finite_is_refused(offset):
-    with pytest.raises(DataError, match="offset=.*finite"):
+    with pytest.raises(ValidationError, match="(?s)offset.*finite"):
         AnomalyScore(Autoencoder()).with_offset(offset)
 
 

@@ -4,7 +4,7 @@ kernel distance that judges it. What all priors share is in test_priors.
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from pydantic import ValidationError
 
 from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import DataError
@@ -13,11 +13,9 @@ from gipip.priors.gan import (
     Generator,
     GeneratorTraining,
     augmentation,
-    cut_out,
     discriminator,
     kernel_distance,
     train_generator,
-    translate,
 )
 
 
@@ -79,52 +77,26 @@ def test_samples_are_determined_by_their_seed_and_leave_the_global_generator_alo
 
 @pytest.mark.parametrize(("count", "seed"), [(0, 0), (1, -1), (1, 2**63)])
 def test_impossible_samples_are_refused(count, seed):
-    with pytest.raises(DataError, match="GenerativePrior.sample"):
+    with pytest.raises(ValidationError, match="GenerativePrior.sample"):
         GenerativePrior(Generator(4, 6, 16)).sample(count=count, seed=seed)
 
 
 # Augmentation ------------------------------------------------------------------
 
 
-def seeded_augmentation(seed, count=3):
-    return augmentation(count, torch.Generator().manual_seed(seed))
+def test_an_augmentation_keeps_shape_and_range_differs_every_time_and_is_differentiated():
+    images, augment = torch.rand(2, 3, 16, 16, requires_grad=True), augmentation()
+    first, second = augment(images), augment(images)
+    assert first.shape == images.shape and not torch.equal(first, second)
+    assert first.min() >= 0 and first.max() <= 1
+    (gradient,) = torch.autograd.grad(first.sum(), images)
+    assert (gradient != 0).any()
 
 
-def test_an_augmentation_is_the_same_for_equal_random_numbers_and_whenever_it_is_applied():
-    x = torch.rand(3, 3, 16, 16)
-    augment = seeded_augmentation(1)
-    assert torch.equal(augment(x), seeded_augmentation(1)(x)) and torch.equal(
-        augment(x), augment(x)
-    )
-    assert not torch.equal(augment(x), seeded_augmentation(2)(x)) and augment(x).shape == x.shape
-
-
-def test_every_image_of_a_batch_is_augmented_in_its_own_way():
-    augmented = seeded_augmentation(1)(torch.rand(1, 3, 16, 16).expand(3, -1, -1, -1))
-    assert not torch.equal(augmented[0], augmented[1]) and not torch.equal(
-        augmented[1], augmented[2]
-    )
-
-
-def test_the_gradient_through_an_augmentation_agrees_with_finite_differences():
-    x = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(seeded_augmentation(3, 2), (x,))
-
-
-def test_a_translation_moves_by_up_to_an_eighth_and_fills_with_grey():
-    x = torch.zeros(3, 3, 16, 16)
-    x[:, :, 8, 8] = 1
-    moved = translate(x, torch.tensor([[0.0, 0.0], [0.5, 0.5], [0.999, 0.0]]))
-    places = [tuple(image[0].nonzero()[0].tolist()) for image in moved]
-    assert places == [(10, 10), (8, 8), (6, 10)] and moved.sum() == 9
-    whole = translate(torch.ones(1, 3, 16, 16), torch.tensor([[0.0, 0.5]]))
-    assert whole[0, 0, :2].sum() == 0 and whole[0, 0, 2:].sum() == 14 * 16
-
-
-def test_a_cutout_is_a_square_of_about_half_the_side():
-    cut = cut_out(torch.ones(1, 3, 16, 16), torch.tensor([[0.5, 0.25]]))
-    rows, columns = ((cut[0, 0] == 0).any(dim=axis).nonzero().flatten().tolist() for axis in (1, 0))
-    assert rows == list(range(4, 13)) and columns == list(range(9))
+def test_an_augmentation_makes_a_hole_of_half_the_side():
+    augmented = augmentation()(torch.zeros(1, 3, 16, 16))  # black stays black in other colours
+    rows, columns = ((augmented[0, 0] == 0.5).sum(dim=axis).max() for axis in (0, 1))
+    assert 8 <= rows <= 16 and 8 <= columns <= 16
 
 
 # Training ----------------------------------------------------------------------
@@ -149,15 +121,12 @@ def test_training_changes_every_weight_and_says_how_it_was_done(images):
 
 def test_what_is_kept_is_a_moving_average_whose_first_weights_are_soon_forgotten(images):
     settings = {"width": 4, "latent_size": 6, "batch_size": 8, "learning_rate": 1e-3, "seed": 0}
-    training = GeneratorTraining(images, settings)
-    expected = {name: value.clone() for name, value in training.generator.state_dict().items()}
-    for decay in (1 / 11, 2 / 12, 3 / 13, 4 / 14):
+    training, expected = GeneratorTraining(images, settings), {}
+    for decay in (0, 1 / 11, 2 / 12, 3 / 13):
         training.advance()
-        training.steps += 1
-        for name, value in training.generator.state_dict().items():
-            average = decay * expected[name] + (1 - decay) * value
-            expected[name] = average if value.is_floating_point() else value.clone()
-    torch.testing.assert_close(dict(training.network.state_dict()), expected)
+        for name, value in training.generator.named_parameters():
+            expected[name] = decay * expected.get(name, 0) + (1 - decay) * value.detach()
+    torch.testing.assert_close(dict(training.network.named_parameters()), expected)
 
 
 def test_images_that_no_generator_can_be_trained_on_are_refused(images):
@@ -178,3 +147,8 @@ def test_two_halves_of_the_real_images_are_nearer_to_each_other_than_to_noise():
     near, far = distance(real[80:]), distance(torch.rand(80, 3, 32, 32))
     assert abs(near) < 0.1 * far
     assert distance(real[80:]) == near  # it forgets the images, not the real ones
+
+
+def test_a_training_warns_of_nothing(images, recwarn):
+    train(images)
+    assert not [str(warning.message) for warning in recwarn]

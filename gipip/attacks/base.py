@@ -9,6 +9,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -155,24 +156,29 @@ class Attack(BaseModel):
         started = time.perf_counter()
         update.check(model)
         self.require(update)
-        how = {"replayable": self.replayable, "chunk_size": chunk_size}
-        view = View.of(model, update, engine, **how)
+        options = {"replayable": self.replayable, "chunk_size": chunk_size}
+        view = View.of(model, update, engine, **options)
         view.labels = self.known_labels(view.model, update)
         observers: list[Observer] = [Progress(type(self).__name__)]
         if watch:
             observers.append(Watch(watch, watch_every))
         if checkpoint and self.pausable:
             observers.append(checkpoint)
-        courses = []
         # Gradients are matched to float32's precision.
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with exact, sdpa_kernel(_EXACT_ATTENTION):
-            for restart in range(self.restarts):
-                courses.append(self.attempt(view, restart, observers))
-                if courses[-1].stopped:
-                    break
+            courses = self.attempts(view, observers)
         seconds = time.perf_counter() - started + (checkpoint.earlier if checkpoint else 0)
         return self._reconstruction(view, courses, seconds)
+
+    def attempts(self, view: View, observers: list[Observer]) -> list[Course]:
+        """One from each start, or fewer if the user stops one."""
+        courses: list[Course] = []
+        for restart in range(self.restarts):
+            courses.append(self.attempt(view, restart, observers))
+            if courses[-1].stopped:
+                break
+        return courses
 
     def attempt(self, view: View, restart: int, observers: list[Observer]) -> Course:
         """The whole optimisation from one random start."""
@@ -181,24 +187,21 @@ class Attack(BaseModel):
 
     def minimise(self, view: View, observers: list[Observer]) -> Course:
         """The loop on this attack's terms, from where `variables` puts it."""
-        variables = {
-            n: v.detach().clone().requires_grad_() for n, v in self.variables(view).items()
-        }
+        start = self.variables(view).items()
+        variables = {name: value.detach().clone().requires_grad_() for name, value in start}
         optimizer, schedule = self.optimizer(variables)
         course = Course(
             self.iterations,
             variables,
             optimizer,
             schedule,
-            images=lambda: view.images(self.candidate(view, variables).detach()).float().cpu(),
-            best={name: variable.detach().clone() for name, variable in variables.items()},
-            best_cost=torch.full((), torch.inf).to(view.target[0]),
+            images=partial(self._images, view, variables),
         )
         return minimise(
-            lambda variables: self.terms(view, variables),
+            partial(self.terms, view),
             course,
             direction=self.direction,
-            project=lambda variables: self.project(view, variables),
+            project=partial(self.project, view),
             observers=observers,
             replayed=view.gradients.replayed,
         )
@@ -209,19 +212,21 @@ class Attack(BaseModel):
             return course.variables, course.cost.item(), "last iterate"
         return course.best, course.best_cost.item(), "lowest attacker-visible cost"
 
+    @torch.no_grad()
+    def _images(self, view: View, variables: Variables) -> Images:
+        return view.images(self.candidate(view, variables)).float().cpu()
+
     def _reconstruction(self, view: View, courses: list[Course], seconds: float) -> Reconstruction:
         """The best course's."""
         results = [self.chosen(course) for course in courses]
         best = min(range(len(courses)), key=lambda index: results[index][1])
         variables, cost, returned = results[best]
-        with torch.no_grad():
-            images = view.images(self.candidate(view, variables)).float().cpu()
         notes = [note for course in courses for note in course.notes]
         if not all(course.finite for course in courses):
             advice = "A smaller learning rate or another seed may help."
             warnings.warn(f"{type(self).__name__}: {'; '.join(notes)}. {advice}", stacklevel=3)
         return Reconstruction(
-            images=images,
+            images=self._images(view, variables),
             labels=self.labels(view, variables).cpu(),
             history=courses[best].curves,
             cost=cost,

@@ -4,6 +4,7 @@ very bits of one that never stopped.
 
 import time
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -43,26 +44,19 @@ class Checkpoint(Observer):
         """Put the course where it was, if it is kept. A damaged file is reported and set aside."""
         self.courses += 1
         self.written, self.started = time.time(), time.perf_counter()
+        if not self.file.exists():
+            return
         try:
             tensors, about = read_tensors(self.file)
-            self._require_own(course, tensors, about)
-        except FileNotFoundError:
-            return
+            if about.get("run") != self.run:
+                raise DamagedFileError(f"{self.file} holds the state of another attack.")
         except DamagedFileError as error:
-            aside = set_aside(self.file).name
-            warnings.warn(
-                f"{error} It is set aside as {aside}, the attack begins anew.", stacklevel=2
-            )
+            anew = f"It is set aside as {set_aside(self.file).name}, the attack begins anew."
+            warnings.warn(f"{error} {anew}", stacklevel=2)
             return
-        _restore(course, tensors, about)
+        _restore(course, tensors, about["terms"])
         self.earlier += about["seconds"]
         self.started -= about["seconds"]
-
-    def _require_own(self, course: Course, tensors: dict[str, Tensor], about: dict) -> None:
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        own = {name: tensor.shape for name, tensor in _state(course).items()}
-        if about.get("run") != self.run or not own.items() <= shapes.items():
-            raise DamagedFileError(f"{self.file} holds the state of another attack.")
 
     def look(self, course: Course) -> None:
         """Keep the state every few minutes. Raises OutOfTime, having kept it, at the deadline."""
@@ -78,53 +72,40 @@ class Checkpoint(Observer):
             self._keep(course)
 
     def _keep(self, course: Course) -> None:
-        tensors = _state(course)
-        for name in course.history[0]:
-            tensors[f"history/{name}"] = torch.stack([terms[name] for terms in course.history])
-        for index, own in course.optimizer.state_dict()["state"].items():
-            for name, value in own.items():
-                tensors[f"optimizer/{index}/{name}"] = value
-        about = {
-            "run": self.run,
-            "terms": list(course.history[0]),
-            "rates": [float(group["lr"]) for group in course.optimizer.param_groups],
-            "schedule": _numbers(course),
-            "seconds": time.perf_counter() - self.started,
-        }
-        write_tensors(self.file, tensors, about)
+        seconds = time.perf_counter() - self.started
+        about = {"run": self.run, "terms": list(course.curves), "seconds": seconds}
+        write_tensors(self.file, _state(course), about)
         self.written = time.time()
 
 
 def _state(course: Course) -> dict[str, Tensor]:
-    """The tensors that steps change in place."""
+    """All that a step changes, but for the learning rate, which follows from their number."""
     state = {f"variables/{name}": tensor for name, tensor in course.variables.items()}
     state |= {f"best/{name}": tensor for name, tensor in course.best.items()}
+    state |= {f"history/{name}": curve for name, curve in course.curves.items()}
+    for index, own in course.optimizer.state_dict()["state"].items():
+        state |= {f"optimizer/{index}/{name}": tensor for name, tensor in own.items()}
     return state | {"best_cost": course.best_cost}
 
 
-def _numbers(course: Course) -> dict[str, float]:
-    """What is known of the learning rate."""
-    state = course.schedule.state_dict() if course.schedule else {}
-    return {name: value for name, value in state.items() if isinstance(value, int | float)}
-
-
 @torch.no_grad()
-def _restore(course: Course, tensors: dict[str, Tensor], about: dict) -> None:
+def _restore(course: Course, tensors: dict[str, Tensor], terms: list[str]) -> None:
     """Before the first step, in place, as a CUDA graph holds on to the tensors."""
-    for name, tensor in _state(course).items():
-        tensor.copy_(tensors[name])
-    columns = [tensors[f"history/{name}"].to(course.best_cost.device) for name in about["terms"]]
-    for values in zip(*columns, strict=True):
-        course.history.append(dict(zip(about["terms"], values, strict=True)))
-    groups = course.optimizer.state_dict()["param_groups"]
-    for group, rate in zip(groups, about["rates"], strict=True):
-        captured = isinstance(group["lr"], Tensor)  # a captured step reads its rate from a tensor
-        group["lr"] = torch.full_like(group["lr"], rate) if captured else rate
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            state.setdefault(int(index), {})[name] = value
-    course.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    course.best_cost.copy_(tensors["best_cost"])
+    for name, variable in course.variables.items():
+        variable.copy_(tensors[f"variables/{name}"])
+        course.best[name].copy_(tensors[f"best/{name}"])
+    curves = torch.stack([tensors[f"history/{name}"] for name in terms], dim=1)
+    for values in curves.to(course.best_cost.device):
+        course.history.append(dict(zip(terms, values, strict=True)))
+    moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        kind, *where = key.split("/")
+        if kind == "optimizer":
+            index, name = where
+            moments[int(index)][name] = tensor
+    course.optimizer.load_state_dict(course.optimizer.state_dict() | {"state": moments})
     if course.schedule:
-        course.schedule.load_state_dict(about["schedule"])
+        with warnings.catch_warnings(action="ignore"):  # the optimiser took its steps earlier
+            for _ in course.history:
+                course.schedule.step()

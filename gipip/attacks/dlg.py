@@ -59,4 +59,4 @@ class DLG(Attack):
     @classmethod
     def as_released(cls, **changes) -> Self:
         """The original code's settings; `changes` override single ones."""
-        return cls(**{"iterations": 300} | changes)
+        return cls(**changes)

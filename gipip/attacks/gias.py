@@ -53,11 +53,7 @@ class GIAS(LatentSearch):
     def attempt(self, view: View, restart: int, observers: list[Observer]) -> Course:
         """Both stages; only the first one's best if the user stopped it there."""
         search = self._latent_search(restart)
-        courses = []
-        for again in range(search.restarts):
-            courses.append(search.attempt(view, again, observers))
-            if courses[-1].stopped:
-                break
+        courses = search.attempts(view, observers)
         best = min(courses, key=lambda course: search.chosen(course)[1])
         view.start = search.chosen(best)[0]
         if courses[-1].stopped:

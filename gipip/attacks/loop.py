@@ -1,8 +1,6 @@
 """The one optimisation loop: it minimises `terms(variables)`, and knows no attack and no engine."""
 
-import functools
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,10 +27,12 @@ class Course:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler | None
     images: Callable[[], Tensor]
-    best: Variables
-    best_cost: Float[Tensor, ""]
     history: list[Terms] = field(default_factory=list)
     stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.best = {name: value.detach().clone() for name, value in self.variables.items()}
+        self.best_cost = torch.full((), torch.inf).to(next(iter(self.best.values())))
 
     @property
     def cost(self) -> Float[Tensor, ""]:
@@ -48,7 +48,7 @@ class Course:
     @property
     def finite(self) -> bool:
         """Whether every cost was."""
-        return bool(torch.isfinite(torch.stack([total(terms) for terms in self.history])).all())
+        return bool(total(self.curves).isfinite().all())
 
     @property
     def notes(self) -> Iterator[str]:
@@ -56,12 +56,11 @@ class Course:
         if self.stopped:
             steps = len(self.history) - 1
             yield f"stopped by the user after {steps} of {self.iterations} iterations"
-        for step, terms in enumerate(self.history):
-            if not torch.isfinite(total(terms)):
-                returned = "the iterate of lowest cost before" if step else "the random start"
-                when = f"at iteration {step} of {self.iterations}"
-                yield f"the cost was not finite {when}; {returned} is returned"
-                return
+        if not self.finite:
+            step = int(total(self.curves).isfinite().long().argmin())
+            returned = "the iterate of lowest cost before" if step else "the random start"
+            when = f"at iteration {step} of {self.iterations}"
+            yield f"the cost was not finite {when}; {returned} is returned"
 
     @property
     def ended(self) -> bool:
@@ -80,9 +79,9 @@ class Course:
             self.best[name].copy_(torch.where(better, variable, self.best[name]))
 
 
-def total(terms: Terms) -> Float[Tensor, ""]:
-    """The cost: the sum of its weighted terms."""
-    return functools.reduce(operator.add, terms.values())
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The cost, or its curve: the sum of its weighted terms."""
+    return sum(terms.values())  # type: ignore[return-value]  # there is one at least
 
 
 class Observer:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gipip.attacks.engines import ClientGradient, client_gradient
 from gipip.attacks.loop import Variables
 from gipip.attacks.objectives import Gradients
-from gipip.errors import BatchSizeError, LabelError
-from gipip.federation.client import SharedUpdate
+from gipip.errors import BatchSizeError
+from gipip.federation.client import SharedUpdate, check_labels
 from gipip.federation.models import ClientModel, Images
 
 Prior = TypeVar("Prior", bound=nn.Module)
@@ -64,16 +64,22 @@ class View:
     start: Variables = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **how) -> Self:
+    def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **options) -> Self:
         """That of `update`, with the labels that came with it.
 
-        `engine`, `how`: of `client_gradient`. Raises LabelError, BatchSizeError or EngineError.
+        `engine`, `options`: of `client_gradient`. Raises LabelError, BatchSizeError or EngineError.
         """
         model = copy.deepcopy(model).train(update.mode == "train")  # running statistics would move
-        gradients = client_gradient(model, update, engine, **how)
+        gradients = client_gradient(model, update, engine, **options)
         target = gradients.laid_out(update.gradients)
         view = cls(model, update, gradients, target, update.labels)
-        _check_labels(view)
+        if update.labels is not None:
+            check_labels(update.labels, view.classes)
+            if len(update.labels) != update.batch_size:
+                raise BatchSizeError(
+                    f"The update is of {update.batch_size} images but {len(update.labels)} labels "
+                    "came with it. Expected one label an image."
+                )
         return view
 
     @property
@@ -106,19 +112,3 @@ class View:
     def images(self, normalized: Tensor) -> Images:
         """The candidate in image space, clamped to [0, 1]."""
         return self.model.normalize.inverse(normalized).clamp(0, 1)
-
-
-def _check_labels(view: View) -> None:
-    labels, images = view.labels, view.update.batch_size
-    if labels is None:
-        return
-    if len(labels) != images:
-        raise BatchSizeError(
-            f"The update is of {images} images but {len(labels)} labels came with it. "
-            "Expected one label an image."
-        )
-    if ((labels < 0) | (labels >= view.classes)).any():
-        raise LabelError(
-            f"The update's labels {labels.tolist()} are out of range: the model has "
-            f"{view.classes} classes, 0 to {view.classes - 1}."
-        )

@@ -216,14 +216,22 @@ def check_parts(model: ClientModel, batch: object, defenses: object, fedavg: obj
         raise DefenseError(f"Expected a list, such as defenses=[defence]; got {defenses!r}.")
     if not isinstance(fedavg, FedAvg | None):
         raise UpdateError(f"Expected gipip.FedAvg(steps=…) as fedavg; got {fedavg!r}.")
-    classes = count_classes(model, batch[:2])
-    wrong = batch.labels[(batch.labels < 0) | (batch.labels >= classes)]
+    check_labels(batch.labels, count_classes(model, batch[:2]))
+
+
+def _is_defense(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)  # a class still lacks its settings
+
+
+def check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:
+    """Raise LabelError unless the labels are class indices of a model with so many classes."""
+    if labels.dtype != torch.int64:
+        raise LabelError(
+            f"The labels are {labels.dtype}; expected int64 class indices: labels.long()."
+        )
+    wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise LabelError(
             f"Label {int(wrong[0])} is out of range: the model has {classes} classes, so labels "
             f"go from 0 to {classes - 1}. Build the model with num_classes of your data."
         )
-
-
-def _is_defense(value: object) -> bool:
-    return callable(value) and not isinstance(value, type)  # a class still lacks its settings

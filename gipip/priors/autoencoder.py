@@ -21,7 +21,6 @@ from gipip.priors.base import (
     Prior,
     Seed,
     Training,
-    seeded,
     trained,
     validated,
 )
@@ -137,10 +136,10 @@ def train_autoencoder(
     A `validation_fraction` of the images is held out: the weights of the lowest
     validation error are kept, and training stops early after `patience` evaluations
     (one every 100 steps) without a better one. Adam, learning rate falling to zero
-    along a cosine. Ctrl-C keeps the best weights so far. With a `store` (a folder) a
-    finished training of the same settings on the same images is loaded instead of
-    repeated. Raises DataError for settings out of range and images the autoencoder
-    cannot be trained on, GipipError when the training diverges.
+    along a cosine. Ctrl-C after the first step keeps the best weights so far. With a `store` (a
+    folder) a finished training of the same settings on the same images is loaded instead of
+    repeated. Raises pydantic's ValidationError for settings out of range, DataError for images the
+    autoencoder cannot be trained on, GipipError when the training diverges.
     """
     return trained(AutoencoderTraining, **locals())
 
@@ -155,9 +154,8 @@ class AutoencoderTraining(Training[AnomalyScore]):
     network: Autoencoder
 
     def __init__(self, auxiliary: LabeledImages, settings: Mapping[str, Any]):
-        with seeded(settings["seed"]):
-            network = Autoencoder(settings["width"], settings["depth"])
-        super().__init__(network.to(self.device), auxiliary, settings["patience"])
+        network = Autoencoder(settings["width"], settings["depth"]).to(self.device)
+        super().__init__(network, auxiliary, settings["patience"])
         random = torch.Generator().manual_seed(settings["seed"])
         training, validation = _split(auxiliary, settings["validation_fraction"], random)
         self.validation = validation.to(self.device)

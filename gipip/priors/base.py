@@ -1,23 +1,19 @@
-"""What all priors share: their files and fingerprints, and the course of their
-training.
+"""What all priors share: their files and fingerprints, and the course of their training.
 
-A new prior is one module: a `Network`, a `Prior` that holds it, a `Training` of it, and
-a function with `validated` settings that calls `trained`.
+A new prior is one module: a `Network`, a `Prior` that holds it, a `Training` of it, and a function
+with `validated` settings that calls `trained`.
 """
 
-import contextlib
 import copy
-import functools
 import math
-import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, ParamSpec, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict, Field, ValidationError, validate_call
+from pydantic import ConfigDict, Field, validate_call
 from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
@@ -28,6 +24,11 @@ from gipip.progress import progress, require_time
 Images = Float[Tensor, "batch 3 height width"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]  # more does not fit into a float32
+
+validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+"""Of a function: its arguments are checked against their annotations, as an attack's settings are;
+pydantic's ValidationError names a wrong one.
+"""
 
 
 class Network(nn.Module, ABC):
@@ -83,16 +84,14 @@ class Prior(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote; DamagedFileError when it is corrupt or holds
-        something else.
-        """
+        """Read what `save` wrote; DamagedFileError when it is corrupt or holds something else."""
         tensors, metadata = read_tensors(path)
         try:
             network = cls.network_class(**metadata[cls.kind])
             network.load_state_dict(tensors)
             return cls(network, **{name: metadata[name] for name in ("provenance", *cls.constants)})
-        except (KeyError, TypeError, RuntimeError, DataError) as error:
-            reason = f"{path} does not hold {cls._named()} ({error})."
+        except (KeyError, TypeError, ValueError, RuntimeError, DataError) as error:
+            reason = f"{path} holds no {cls.kind} ({error})."
             raise DamagedFileError(f"{reason} {cls._advice()}") from error
 
     @classmethod
@@ -101,10 +100,6 @@ class Prior(nn.Module):
         none does.
         """
         return cls.load(shipped(cls.kind, name, cls._advice()))
-
-    @classmethod
-    def _named(cls) -> str:
-        return f"{'an' if cls.kind[0] in 'aeiou' else 'a'} {cls.kind}"
 
     @classmethod
     def _advice(cls) -> str:
@@ -156,7 +151,8 @@ class Training(ABC, Generic[P]):
         return self.prior(self.network.cpu())
 
     def run(self, steps: int) -> P:
-        """The prior after `steps` steps. Ctrl-C ends it with the best weights so far.
+        """The prior after `steps` steps. Ctrl-C after the first ends it with the best weights so
+        far.
 
         Raises GipipError when the measure is not finite.
         """
@@ -169,8 +165,10 @@ class Training(ABC, Generic[P]):
                 if self.waited >= self.patience:
                     break
         except KeyboardInterrupt:
+            if not self.steps:
+                raise
             self.interrupted = True
-            if self.steps > max(self.history["step"], default=0):
+            if self.steps not in self.history["step"]:
                 self._note(self.judge())
         self.network.load_state_dict(self._best)
         return self.finish()
@@ -191,7 +189,8 @@ class Training(ABC, Generic[P]):
 def trained(
     training: type[Training[P]], auxiliary: LabeledImages, store: Path | str | None, **settings: Any
 ) -> P:
-    """The prior of a training of these settings on these images, with its provenance.
+    """The prior of a training of these settings on these images, with its provenance. Inside,
+    torch's global generator, from which first weights come, starts at the seed.
 
     With a `store` (a folder) a finished one is loaded instead of trained again.
     """
@@ -201,47 +200,13 @@ def trained(
     if path and path.exists():
         return training.prior.load(path)
     require_time()
-    course = training(auxiliary, settings)  # type: ignore[arg-type]  # as subclasses take them
-    prior = course.run(settings["steps"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings["seed"])  # and not a GPU's, which is not used
+        course = training(auxiliary, settings)  # type: ignore[arg-type]  # as subclasses take them
+        prior = course.run(settings["steps"])
     prior.provenance = about | {"history": course.history}
     if course.interrupted:
         prior.provenance["interrupted"] = True
     elif path:
         prior.save(path)
     return prior
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's global generator, from which first weights come, starts at
-    `seed`.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs
-        yield
-
-
-Arguments = ParamSpec("Arguments")
-Value = TypeVar("Value")
-
-
-def validated(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """The function, its arguments checked against their annotations; DataError for a
-    wrong one.
-    """
-    config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-    checked = validate_call(config=config)(function)
-
-    @functools.wraps(function)
-    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Value:
-        try:
-            return checked(*args, **options)
-        except ValidationError as error:
-            wrong = "; ".join(map(_refusal, error.errors()))
-            raise DataError(f"{function.__qualname__}: {wrong}.") from None
-
-    return call
-
-
-def _refusal(error: Mapping[str, Any]) -> str:
-    return f"{error['loc'][-1]}={reprlib.repr(error['input'])}: {error['msg']}"

@@ -2,7 +2,6 @@
 (Radford et al. 2016).
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from pydantic import InstanceOf, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.swa_utils import AveragedModel
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DataError
@@ -24,12 +24,9 @@ from gipip.priors.base import (
     Prior,
     Seed,
     Training,
-    seeded,
     trained,
     validated,
 )
-
-_FORGETTING = 0.998  # of the generator's moving average, in a step
 
 
 class Generator(Network):
@@ -127,23 +124,22 @@ def train_generator(
     seed: Seed = 0,
     store: Path | str | None = None,
 ) -> GenerativePrior:
-    """Train a DCGAN on auxiliary images with the hinge loss; the exponential moving
-    average of the generator's weights is what is kept.
+    """Train a DCGAN on auxiliary images with the hinge loss; the exponential moving average of the
+    generator's weights is what is kept.
 
-    What the discriminator sees is augmented (see `augmentation`). Every 500 steps the
-    average is judged by its kernel distance to the auxiliary images (KID, Bińkowski et
-    al. 2018, on features of a fixed ImageNet AlexNet), and the best checkpoint is
-    returned. Ctrl-C keeps the best so far. With a `store` (a folder) a finished
-    training of the same settings on the same images is loaded. Raises DataError for
-    settings out of range and images no generator can be trained on, GipipError when the
-    training diverges.
+    What the discriminator sees is augmented (see `augmentation`). Every 500 steps the average is
+    judged by its kernel distance to the auxiliary images (KID, Bińkowski et al. 2018, on features
+    of a fixed ImageNet AlexNet), and the best checkpoint is returned. Ctrl-C after the first step
+    keeps the best so far. With a `store` (a folder) a finished training of the same settings on the
+    same images is loaded. Raises pydantic's ValidationError for settings out of range, DataError
+    for images no generator can be trained on, GipipError when the training diverges.
     """
     return trained(GeneratorTraining, **locals())
 
 
 class GeneratorTraining(Training[GenerativePrior]):
-    """Generator against discriminator; `network` is the generator's moving average.
-    `samples`: images that it is judged by.
+    """Generator against discriminator; `network` is the generator's moving average. `samples`:
+    images that it is judged by, at most.
     """
 
     prior = GenerativePrior
@@ -153,35 +149,41 @@ class GeneratorTraining(Training[GenerativePrior]):
 
     def __init__(self, auxiliary: LabeledImages, settings: Mapping[str, Any]):
         side = auxiliary.pixels.shape[-1]
-        with seeded(settings["seed"]):
-            generator = Generator(settings["width"], settings["latent_size"], side)
-            opponent = discriminator(settings["width"], side)
-        self.generator, self.discriminator = generator.to(self.device), opponent.to(self.device)
-        average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        super().__init__(average, auxiliary)
+        generator = Generator(settings["width"], settings["latent_size"], side)
+        self.generator = generator.to(self.device)
+        self.discriminator = discriminator(settings["width"], side).to(self.device)
+        self.average = AveragedModel(self.generator, avg_fn=_forgetting, use_buffers=True)
+        network = self.average.module.eval().requires_grad_(False)
+        super().__init__(network, auxiliary)  # type: ignore[arg-type]
         self.auxiliary, self.batch_size = auxiliary, settings["batch_size"]
-        self.random = torch.Generator().manual_seed(settings["seed"])
+        self.augment = augmentation()
         self.optimizers = [
             torch.optim.Adam(network.parameters(), lr=settings["learning_rate"], betas=(0.5, 0.999))
             for network in (self.generator, self.discriminator)
         ]
-        order = torch.randperm(len(auxiliary), generator=torch.Generator().manual_seed(0))
-        self.distance = kernel_distance(auxiliary[order[: self.samples]].images.to(self.device))
+        fixed = torch.Generator().manual_seed(0)
+        shown = auxiliary[torch.randperm(len(auxiliary), generator=fixed)[: self.samples]]
+        self.distance = kernel_distance(shown.images.to(self.device))
+        latents = torch.randn(len(shown), generator.latent_size, generator=fixed)
+        self.latents = latents.to(self.device)
 
     def advance(self) -> None:
-        """One step of the discriminator, one of the generator (hinge loss, Lim and Ye
-        2017), one of the average.
+        """One step of the discriminator, one of the generator (hinge loss, Lim and Ye 2017), one of
+        the average.
         """
-        rows = torch.randint(len(self.auxiliary), (self.batch_size,), generator=self.random)
+        rows = torch.randint(len(self.auxiliary), (self.batch_size,))
         real = self.auxiliary[rows].images.to(self.device)
-        augment = augmentation(len(real), self.random)
-        size = (2, len(real), self.generator.latent_size)
-        latents = torch.randn(size, generator=self.random).to(self.device)
-        fake = self.generator(latents[0]).detach()
-        on_real, on_fake = (self.discriminator(augment(images)) for images in (real, fake))
+        on_real, on_fake = self._judged(real), self._judged(self._made().detach())
         self._descend(1, (1 - on_real).relu().mean() + (1 + on_fake).relu().mean())
-        self._descend(0, -self.discriminator(augment(self.generator(latents[1]))).mean())
-        self._average()
+        self._descend(0, -self._judged(self._made()).mean())
+        self.average.update_parameters(self.generator)
+
+    def _made(self) -> Images:
+        latents = torch.randn(self.batch_size, self.generator.latent_size)
+        return self.generator(latents.to(self.device))
+
+    def _judged(self, images: Images) -> Float[Tensor, "batch"]:
+        return self.discriminator(self.augment(images))
 
     def _descend(self, which: int, loss: Tensor) -> None:
         self.optimizers[which].zero_grad()
@@ -189,83 +191,47 @@ class GeneratorTraining(Training[GenerativePrior]):
         self.optimizers[which].step()
 
     @torch.no_grad()
-    def _average(self) -> None:
-        step = self.steps + 1
-        decay = min(_FORGETTING, step / (step + 10))  # the first, random weights are soon forgotten
-        latest = self.generator.state_dict()
-        for name, kept in self.network.state_dict().items():
-            new = latest[name]
-            kept.copy_(kept * decay + new * (1 - decay) if kept.is_floating_point() else new)
-
-    @torch.no_grad()
     def judge(self) -> dict[str, float]:
-        """The kernel distance of what the moving average makes of the same latents each
-        time.
-        """
-        size = (self.samples, self.generator.latent_size)
-        latents = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(self.device)
-        made = torch.cat([self.network(part) for part in latents.split(250)])
+        """The kernel distance of what the moving average makes of the same latents each time."""
+        made = torch.cat([self.network(part) for part in self.latents.split(250)])
         return {"kernel distance": self.distance(made)}
 
 
-def augmentation(batch_size: int, random: torch.Generator) -> Callable[[Images], Images]:
-    """A random differentiable augmentation, to be applied alike to real and generated
-    images, so that the discriminator does not memorise a small set (DiffAugment, Zhao
-    et al., NeurIPS 2020: brightness, saturation, contrast, translation, cutout).
+def _forgetting(average: Tensor, latest: Tensor, steps: Tensor | int) -> Tensor:
+    """Of the first, random weights soon, of others over some 500 steps."""
+    decay = min(0.998, int(steps) / (int(steps) + 10))
+    return average * decay + latest * (1 - decay)
+
+
+def augmentation() -> Callable[[Images], Images]:
+    """What the discriminator sees of real and of generated images: colours, places and a hole vary
+    at random from batch to batch, so that it does not memorise a small set (DiffAugment, Zhao et
+    al., NeurIPS 2020).
     """
-    colours = [torch.rand(batch_size, 1, 1, 1, generator=random) for _ in range(3)]
-    shift, hole = (torch.rand(batch_size, 2, generator=random) for _ in range(2))
+    from torchvision.transforms import v2  # slow to import
 
-    def augment(images: Images) -> Images:
-        brightness, saturation, contrast = (colour.to(images) for colour in colours)
-        x = images - 0.5 + (brightness - 0.5)
-        mean = x.mean(dim=1, keepdim=True)
-        x = (x - mean) * (2 * saturation) + mean
-        mean = x.mean(dim=(1, 2, 3), keepdim=True)
-        x = (x - mean) * (contrast + 0.5) + mean
-        return cut_out(translate(x, shift.to(x)), hole.to(x))
-
-    return augment
-
-
-def translate(x: Images, shift: Float[Tensor, "batch 2"]) -> Images:
-    """Moved by up to an eighth of the side in each direction; what comes in is grey."""
-    side, reach = x.shape[-1], x.shape[-1] // 8
-    start = (shift * (2 * reach + 1)).long()
-    places = start[:, :, None] + torch.arange(side, device=x.device)
-    padded = nn.functional.pad(x, [reach] * 4).permute(0, 2, 3, 1)
-    image = torch.arange(len(x), device=x.device)[:, None, None]
-    return padded[image, places[:, 0, :, None], places[:, 1, None, :]].permute(0, 3, 1, 2)
-
-
-def cut_out(x: Images, hole: Float[Tensor, "batch 2"]) -> Images:
-    """A square of half the side becomes grey."""
-    side = x.shape[-1]
-    centre = (hole * side).long()[:, :, None]
-    inside = (torch.arange(side, device=x.device) - centre).abs() <= side // 4
-    return x * ~(inside[:, 0, None, :, None] & inside[:, 1, None, None, :])
+    return v2.Compose(
+        [
+            v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=1),
+            v2.RandomAffine(degrees=0, translate=(1 / 8, 1 / 8), fill=0.5),
+            v2.RandomErasing(p=1, scale=(1 / 4, 1 / 4), ratio=(1, 1), value=0.5),
+        ]
+    )
 
 
 def kernel_distance(real: Images) -> Callable[[Images], float]:
-    """A function that gives the distance of images in [0, 1], as many or more, to these
-    real ones: KID, on 256 channels of gipip's ImageNet AlexNet in place of Inception's.
+    """A function that gives the distance of as many images in [0, 1] to these real ones: KID, on
+    256 channels of gipip's ImageNet AlexNet in place of Inception's.
     """
-    from torchmetrics.image.kid import KernelInceptionDistance  # slow to import
+    from torchmetrics.image.kid import poly_mmd  # slow to import
 
-    metric = KernelInceptionDistance(
-        feature=_features(), subsets=20, subset_size=min(500, len(real)), reset_real_features=False
-    ).to(real.device)
-    for part in real.split(250):
-        metric.update(part, real=True)
+    network = _features().to(real.device)
 
-    def distance(images: Images) -> float:
-        metric.reset()
-        for part in images.split(250):
-            metric.update(part, real=False)
-        with seeded(0):  # the metric draws its subsets from the global generator
-            return metric.compute()[0].item()
+    def features(images: Images) -> Float[Tensor, "images channels"]:
+        return torch.cat([network(part) for part in images.split(250)])
 
-    return distance
+    known = features(real)
+    return lambda images: poly_mmd(known, features(images)).item()
 
 
 def _features() -> nn.Module:

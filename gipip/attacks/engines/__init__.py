@@ -13,7 +13,7 @@ from gipip.attacks.engines.replay import Captured
 from gipip.attacks.engines.traced import Traced
 from gipip.errors import EngineError
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel
+from gipip.federation.models import ClientModel, mixes_images
 
 ENGINES: dict[str, type[ClientGradient]] = {
     "eager": ClientGradient,
@@ -44,4 +44,12 @@ def client_gradient(
             "The engine 'cudagraph' needs model and update on an NVIDIA GPU, and an attack whose "
             "optimiser does not decide on the values it sees. Use 'traced'."
         )
+    if chunk_size is not None:
+        apart = not update.fedavg and not mixes_images(model.network)
+        if chunk_size < 1 or engine == "eager" or not apart:
+            raise EngineError(
+                f"The gradient cannot be taken in chunks of {chunk_size}: that needs a number "
+                "above 0, another engine than 'eager', one gradient rather than local training, "
+                "and BatchNorm in eval mode with running statistics. Leave out chunk_size."
+            )
     return ENGINES[engine](model, update, chunk_size)

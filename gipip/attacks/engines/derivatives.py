@@ -23,12 +23,9 @@ def convolution_backward(
     """
     *options, wanted = options
     factored = factored and wanted[1] and Factored.pays(output_gradient, weight, options)
-    computed = [wanted[0], wanted[1] and not factored, wanted[2]]
-    gradients: list[Tensor | Factored | None] = [None] * 3
-    if any(computed):
-        arguments = output_gradient, inputs, weight, bias_sizes, options, computed
-        found = iter(_ConvolutionBackward.apply(*arguments))
-        gradients = [next(found) if wanted else None for wanted in computed]
+    formed = [wanted[0], wanted[1] and not factored, wanted[2]]
+    arguments = output_gradient, inputs, weight, bias_sizes, options, formed
+    gradients = list(_ConvolutionBackward.apply(*arguments))
     if factored:
         gradients[1] = Factored(output_gradient, inputs, weight.shape, options)
     return gradients
@@ -41,21 +38,16 @@ class _ConvolutionBackward(Function):
 
     @staticmethod
     def forward(ctx, output_gradient, inputs, weight, bias_sizes, options, wanted):
-        ctx.options, ctx.wanted = options, wanted
+        ctx.options = options
         ctx.save_for_backward(output_gradient, inputs, weight)
         ctx.set_materialize_grads(False)
-        found = _aten.convolution_backward(
-            output_gradient, inputs, weight, bias_sizes, *options, wanted
-        )
-        return tuple(
-            gradient for gradient, is_wanted in zip(found, wanted, strict=True) if is_wanted
-        )
+        arguments = output_gradient, inputs, weight, bias_sizes, *options, wanted
+        found = zip(_aten.convolution_backward(*arguments), wanted, strict=True)
+        return tuple(gradient if is_wanted else None for gradient, is_wanted in found)
 
     @staticmethod
-    def backward(ctx, *directions):
+    def backward(ctx, by_inputs, by_weight, by_bias):
         output_gradient, inputs, weight = ctx.saved_tensors
-        found = iter(directions)
-        by_inputs, by_weight, by_bias = (next(found) if wanted else None for wanted in ctx.wanted)
         to_output = to_inputs = to_weight = None
         if by_weight is not None:
             to_output = _aten.convolution(inputs, by_weight, by_bias, *ctx.options)

@@ -6,7 +6,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from gipip.attacks.objectives import Gradients
-from gipip.errors import EngineError
 from gipip.federation.client import SharedUpdate, local_update
 from gipip.federation.models import ClientModel, trainable
 
@@ -22,9 +21,7 @@ class ClientGradient:
     replayed: Callable | None = None  # makes a step of the attack one that does the same, faster
 
     def __init__(self, model: ClientModel, update: SharedUpdate, chunk_size: int | None = None):
-        if chunk_size is not None:
-            raise EngineError("The engine 'eager' takes no chunk_size. Use 'traced'.")
-        self.network, self.fedavg = model.network, update.fedavg
+        self.network, self.fedavg, self.chunk_size = model.network, update.fedavg, chunk_size
         self.parameters = trainable(model.network)
         self.notes: tuple[str, ...] = ()
 

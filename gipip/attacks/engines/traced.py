@@ -6,12 +6,12 @@ there, so 7 are left, and fewer for a cost that asks only for products with the 
 late layers then need not form (products.py).
 """
 
+import io
 import operator
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType, NoneType
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+import cloudpickle
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,13 +23,12 @@ from gipip.attacks.engines.derivatives import INSTEAD, convolution_backward
 from gipip.attacks.engines.eager import ClientGradient
 from gipip.attacks.engines.products import PartlyFactored
 from gipip.attacks.objectives import Gradients
-from gipip.errors import EngineError
 from gipip.federation.client import SharedUpdate, local_update
-from gipip.federation.models import ClientModel, mixes_images
+from gipip.federation.models import ClientModel
 
 _aten = torch.ops.aten
-_RECORDINGS: OrderedDict[Hashable, GraphModule] = OrderedDict()
-_NO_DERIVATIVE = {"aten.native_group_norm_backward.default"}
+_RECORDINGS: dict[Hashable, GraphModule] = {}
+_NO_DERIVATIVE = _aten.native_group_norm_backward.default
 _KEPT = 16  # recordings, each a list of operations without weights
 _TOLERANCE = 1e-2  # of the gradient's norm: rounding moves it by far less, another function by more
 
@@ -43,16 +42,14 @@ class Traced(ClientGradient):
     name = "traced"
 
     def __init__(self, model: ClientModel, update: SharedUpdate, chunk_size: int | None = None):
-        super().__init__(model, update)
-        if chunk_size is not None:
-            _check_chunks(chunk_size, model, update)
-        self.chunk_size = chunk_size
-        self.fixed = _fixed(self.network)
+        super().__init__(model, update, chunk_size)
+        frozen = {n: p.detach() for n, p in self.network.named_parameters() if not p.requires_grad}
+        self.fixed = dict(self.network.named_buffers()) | frozen
         self.constants = [*self.laid_out(list(self.parameters.values())), *self.fixed.values()]
         self.recordings: dict[Hashable, GraphModule] = {}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Gradients:
-        if self.name == "eager":
+        if self.notes:
             return self.reference(images, labels)
         try:
             if self.chunk_size:
@@ -69,58 +66,59 @@ class Traced(ClientGradient):
         Not in float64, where PyTorch's own convolutions give wrong gradients for some tensors with
         channels last and several groups (2.14).
         """
-        return Gradients(_channels_last(gradient.detach()) for gradient in gradients)
+        return Gradients(
+            gradient.detach().contiguous(memory_format=torch.channels_last)
+            if gradient.ndim == 4 and gradient.dtype == torch.float32 and not gradient.is_cuda
+            else gradient.detach()
+            for gradient in gradients
+        )
 
     def _recording(self, images: Tensor, labels: Tensor) -> GraphModule:
         """The operations for inputs of these shapes, perhaps recorded by an earlier attack."""
         kind = (images.shape, images.dtype, images.device, labels.shape, labels.dtype)
         if kind not in self.recordings:
-            key = (kind, self.fedavg, _structure(self.network))
-            recording = _RECORDINGS.get(key)
-            if recording is None or not self._agrees(recording, images, labels):
-                recording = _RECORDINGS[key] = self._record_differentiable(images, labels)
-                if not self._agrees(recording, images, labels):
-                    raise _NotRecorded("a recording of its operations gives another gradient")
-            self.recordings[kind] = recording
-            _RECORDINGS.move_to_end(key)
+            names = (*self.parameters, *self.fixed)
+            key = (kind, self.fedavg, names, _structure(self.network))
+            recording = _RECORDINGS.pop(key, None) or self._record(images, labels)
+            if not self._agrees(recording, images, labels):
+                raise _NotRecorded("a recording of its operations gives another gradient")
+            self.recordings[kind] = _RECORDINGS[key] = recording
             if len(_RECORDINGS) > _KEPT:
-                _RECORDINGS.popitem(last=False)
+                del _RECORDINGS[next(iter(_RECORDINGS))]
         return self.recordings[kind]
 
-    def _record_differentiable(self, images: Tensor, labels: Tensor) -> GraphModule:
-        """Of the kernels that PyTorch takes for a first derivative, unless one of them has no
+    def _record(self, images: Tensor, labels: Tensor, create_graph: bool = False) -> GraphModule:
+        """`local_update` for any images, labels, parameters and all else that the network holds.
+
+        Of the kernels that PyTorch takes for a first derivative, unless one of them has no
         derivative itself (group normalisation's): then of those it takes for a second.
         """
-        recording = self._record(images, labels, create_graph=False)
-        if not any(str(node.target) in _NO_DERIVATIVE for node in recording.graph.nodes):
-            return recording
-        return self._record(images, labels, create_graph=True)
-
-    def _record(self, images: Tensor, labels: Tensor, create_graph: bool) -> GraphModule:
-        """`local_update` for any images, labels, parameters and all else that the network holds."""
 
         def update(images: Tensor, labels: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
             count = len(self.parameters)
-            network = _Holding(self.network, dict(zip(self.fixed, constants[count:], strict=True)))
+            network = _Holding(self.network, zip(self.fixed, constants[count:], strict=True))
+            names = (f"network.{name}" for name in self.parameters)
             weights = (weight.detach().requires_grad_() for weight in constants[:count])
-            parameters = dict(zip(map(network.name_of, self.parameters), weights, strict=True))
+            parameters = dict(zip(names, weights, strict=True))
             return local_update(network, parameters, images, labels, self.fedavg, create_graph)
 
         plain = [tensor.detach().contiguous() for tensor in (images, labels, *self.constants)]
         try:
-            return _rewritten(make_fx(update)(*plain))
+            recording = make_fx(update)(*plain)
         except Exception as error:  # a network may do anything in its forward pass
             raise _NotRecorded(f"the network cannot be recorded ({error})") from error
+        if any(node.target is _NO_DERIVATIVE for node in recording.graph.nodes):
+            return self._record(images, labels, create_graph=True)
+        return _rewritten(recording)
 
     @torch.no_grad()
     def _agrees(self, recording: GraphModule, images: Tensor, labels: Tensor) -> bool:
         """Whether the recording gives the reference's gradient here."""
         ours = PartlyFactored(recording(images, labels, *self.constants))
-        inputs = images.detach(), labels.detach()
         with torch.enable_grad():
-            theirs = local_update(self.network, self.parameters, *inputs, self.fedavg)
+            theirs = self.reference(images.detach(), labels.detach())
         error = Gradients(a - b for a, b in zip(ours, theirs, strict=True)).norm
-        return bool(error <= _TOLERANCE * Gradients(theirs).norm)
+        return bool(error <= _TOLERANCE * theirs.norm)
 
     def _in_chunks(self, images: Tensor, labels: Tensor, chunk_size: int) -> Gradients:
         """The same from at most `chunk_size` images at a time: less memory for up to half as much
@@ -150,28 +148,12 @@ class _NotRecorded(Exception):
 class _Holding(nn.Module):
     """A network with other buffers and frozen parameters than its own, given by name."""
 
-    def __init__(self, network: nn.Module, fixed: Mapping[str, Tensor]):
+    def __init__(self, network: nn.Module, fixed: Iterable[tuple[str, Tensor]]):
         super().__init__()
-        self.network, self.fixed = network, fixed
-
-    @staticmethod
-    def name_of(parameter: str) -> str:
-        return f"network.{parameter}"
+        self.network, self.fixed = network, dict(fixed)
 
     def forward(self, images: Tensor) -> Tensor:
-        return functional_call(self.network, dict(self.fixed), (images,))
-
-
-def _fixed(network: nn.Module) -> dict[str, Tensor]:
-    """All that a network holds and a client does not train."""
-    frozen = {n: p.detach() for n, p in network.named_parameters() if not p.requires_grad}
-    return dict(network.named_buffers()) | frozen
-
-
-def _channels_last(weight: Tensor) -> Tensor:
-    if weight.ndim == 4 and weight.dtype == torch.float32 and not weight.is_cuda:
-        return weight.contiguous(memory_format=torch.channels_last)
-    return weight
+        return functional_call(self.network, self.fixed, (images,))
 
 
 def _rewritten(recorded: GraphModule) -> GraphModule:
@@ -195,45 +177,20 @@ def _rewritten(recorded: GraphModule) -> GraphModule:
 def _structure(network: nn.Module) -> Hashable:
     """What the operations of a network depend on, its numbers apart: equal for equal recordings.
 
-    Classes, attributes, hooks, names and kinds of tensors. Unique when an attribute is of a kind
-    that cannot be compared by value.
+    Unique where an attribute cannot be pickled.
     """
-    kept = {"_parameters", "_buffers", "_modules"}
+    content = io.BytesIO()
     try:
-        modules = tuple(
-            (path, type(module), _frozen({n: v for n, v in vars(module).items() if n not in kept}))
-            for path, module in network.named_modules()
-        )
-    except TypeError:
+        _WithoutNumbers(content).dump(network)
+    except Exception:  # attributes may be anything
         return object()
-    tensors = (*network.named_parameters(), *network.named_buffers())
-    kinds = ((n, t.shape, t.dtype, t.device, t.requires_grad) for n, t in tensors)
-    return (modules, tuple(kinds))
+    return content.getvalue()
 
 
-def _frozen(value) -> Hashable:
-    """A hashable form of a value made of plain ones; TypeError for any other."""
-    if isinstance(value, _PLAIN):
-        return (type(value), value)
-    if isinstance(value, Mapping):
-        return tuple((_frozen(key), _frozen(entry)) for key, entry in value.items())
-    if isinstance(value, tuple | list):
-        return (type(value), *map(_frozen, value))
-    if isinstance(value, set | frozenset) and not value:
-        return type(value)
-    raise TypeError(f"{type(value).__name__} cannot be compared by value")
+class _WithoutNumbers(cloudpickle.Pickler):
+    """Writes the kind of a tensor in place of its values."""
 
-
-_PLAIN = (
-    *(bool, int, float, str, NoneType, type, torch.dtype, torch.device),
-    *(FunctionType, BuiltinFunctionType),
-)
-
-
-def _check_chunks(chunk_size: int, model: ClientModel, update: SharedUpdate) -> None:
-    if chunk_size < 1 or update.fedavg or mixes_images(model.network):
-        raise EngineError(
-            f"The gradient cannot be taken in chunks of {chunk_size}: that needs a number above 0, "
-            "one gradient rather than local training, and BatchNorm in eval mode with running "
-            "statistics. Leave out chunk_size."
-        )
+    def persistent_id(self, value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.shape, value.dtype, value.device, value.requires_grad
+        return None
