@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import gipip
-from gipip.experiments.pool import process_pool
+from gipip.experiments.pool import Processes
 from gipip.experiments.sweep import provenance
 
 TARGET = 0.9
@@ -46,7 +46,7 @@ def measure(workers: int, runs: list[gipip.Run]) -> dict[str, float]:
     seconds of all runs within their workers.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, process_pool(workers) as pool:
+    with tempfile.TemporaryDirectory() as folder, Processes(workers) as pool:
         list(pool.map(warm_up, runs[:workers]))
         ready = time.perf_counter()
         results = gipip.sweep(runs, store=folder, executor=pool)

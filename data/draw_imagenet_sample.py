@@ -4,7 +4,7 @@ package foolbox 3.3.4.
 `pip download --no-deps foolbox==3.3.4`, then `python data/draw_imagenet_sample.py
 foolbox-3.3.4-py3-none-any.whl`. With a second argument, the folder of the images that
 the priors for ImageNet at 64 × 64 are trained on, it writes
-hashes-imagenet64.safetensors too.
+hashes-imagenet64.safetensors and mean-imagenet64.safetensors too.
 """
 
 import re
@@ -18,7 +18,8 @@ import torch
 from gipip.data.datasets import IMAGENET64_SAMPLE, LabeledImages, named_tensors
 from gipip.data.imagenet import HASHES, SIZE, shipped_hashes
 from gipip.data.photographs import Photographs, list_folder, near, perceptual_hashes, read
-from gipip.files import write_tensors
+from gipip.experiments.sweep import provenance
+from gipip.files import DATA, write_tensors
 
 TUNING = (1, 6, 13, 18)
 """Places in the package of the photographs for tuning; the other 16 are private."""
@@ -34,6 +35,14 @@ def hash_auxiliary(folder: Path) -> None:
             {"images": len(hashes), "folder": folder.name},
         )
     )
+
+
+def average_auxiliary(folder: Path) -> None:
+    """The mean of the images that the attacker owns, in [0, 1]."""
+    _, pixels = read(list_folder(folder), SIZE)
+    mean = pixels.sum(dim=0) / (255 * len(pixels))
+    about = {"images": len(pixels), "folder": folder.name, "made": provenance()}
+    print(write_tensors(DATA / "mean-imagenet64.safetensors", {"mean": mean}, about))
 
 
 def draw(wheel: Path) -> None:
@@ -64,4 +73,5 @@ def draw(wheel: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         hash_auxiliary(Path(sys.argv[2]))
+        average_auxiliary(Path(sys.argv[2]))
     draw(Path(sys.argv[1]))

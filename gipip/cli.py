@@ -204,7 +204,9 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 
 def _save_pictures(private, result, metrics, folder: Path) -> None:
-    """Each reconstruction, and both rows of images in one figure where figures are installed."""
+    """Each reconstruction, and the first eight beside their private images in one figure, where
+    figures are installed.
+    """
     from torchvision.utils import save_image
 
     reconstructed = result.images[metrics["matched"].tolist()]
@@ -217,8 +219,9 @@ def _save_pictures(private, result, metrics, folder: Path) -> None:
         typer.echo(f"No figure, as {missing.name} is missing: pip install 'gipip[notebooks]'.")
         return
     use_style()
-    captions = {"reconstruction": [f"{value:.1f} dB" for value in metrics["psnr"]]}
-    grid = image_grid({"private": private, "reconstruction": reconstructed}, captions=captions)
+    captions = {"reconstruction": [f"{value:.1f} dB" for value in metrics["psnr"][:8]]}
+    rows = {"private": private[:8], "reconstruction": reconstructed[:8]}
+    grid = image_grid(rows, captions)
     typer.echo(f"Picture: {save_figure('comparison', grid, metrics, folder).png}")
 
 

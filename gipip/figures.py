@@ -2,9 +2,9 @@
 the numbers drawn (CSV).
 """
 
-import itertools
 import os
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 import seaborn
 from jaxtyping import Float
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation
+from scipy.optimize import isotonic_regression
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from gipip.evaluation.statistics import Interval, bootstrap_interval
 
@@ -30,15 +29,14 @@ COLUMN, PAGE = 3.5, 7.2
 LABELS = {
     "psnr": "PSNR (dB), higher is better",
     "ssim": "SSIM, higher is better",
+    "ssim_padded": "SSIM with zero-padded border, higher is better",
     "lpips": "LPIPS, lower is better",
-    "feature_mse": "feature MSE, lower is better",
+    "identified": "identified (share), higher is better",
 }
 """Axis labels of the metrics; any other column is labelled with its name."""
 
-Scale = Literal["category", "log"]
-
-_GAP = 2  # pixels between images
 _MARKERS = "osD^vPX"
+_GREY = "0.4"
 
 
 # Style and files ------------------------------------------------------------------
@@ -50,9 +48,6 @@ def use_style() -> None:
     """
     rc = {
         "grid.linewidth": 0.5,
-        "lines.linewidth": 1.2,
-        "lines.markersize": 4,
-        "errorbar.capsize": 2,
         "legend.frameon": False,
         "figure.dpi": 110,
         "savefig.dpi": 200,
@@ -96,12 +91,12 @@ def save_figure(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.", suffix=".tmp") as drafts:
-            png, pdf, csv = (Path(drafts) / file.name for file in files)
-            figure.savefig(png, metadata={"Software": None})
-            figure.savefig(pdf, metadata={"CreationDate": None})
-            data.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n")
-            for draft, file in zip((png, pdf, csv), files, strict=True):
-                os.replace(draft, file)
+            draft = f"{drafts}/{name}"
+            figure.savefig(f"{draft}.png", metadata={"Software": None})
+            figure.savefig(f"{draft}.pdf", metadata={"CreationDate": None})
+            data.to_csv(f"{draft}.csv", index=False, float_format="%.6g", lineterminator="\n")
+            for file in files:
+                os.replace(f"{drafts}/{file.name}", file)
     except OSError as error:
         place = f"{folder} ({error}). Pass a folder that you can write"
         raise OSError(f"The figure {name!r} cannot be written to {place}.") from error
@@ -117,45 +112,31 @@ def image_grid(
     titles: Sequence[str] = (),
     width: float = PAGE,
 ) -> Figure:
-    """Images in [0, 1] in labelled rows of equally many, every pixel shown as it is.
+    """Images in [0, 1] in labelled rows of equally many, at most eight, every pixel shown
+    as it is.
 
     `captions`: for any of the rows a text under each of its images, such as "18.9 dB".
     `titles`: a text over each column. `width` in inches; an image is at most an inch
-    wide. Raises ValueError for rows of different length.
+    wide. Raises ValueError for rows of different length, or of more than eight images.
     """
     lengths = [len(images) for images in rows.values()]
-    if len(set(lengths)) != 1 or not lengths[0]:
-        raise ValueError(f"The rows have {lengths} images: expected equally many in each.")
+    if len({*lengths}) != 1 or not 1 <= lengths[0] <= 8:
+        expected = "expected equally many in each, one to eight"
+        raise ValueError(f"The rows have {lengths} images: {expected}.")
     captions = {row: (captions or {}).get(row, [""] * lengths[0]) for row in rows}
-    margin = 0.15 + 0.075 * max(len(line) for row in rows for line in row.split("\n"))
-    side = min(1.0, (width - margin) / lengths[0])
-    texts = bool(titles) + sum(any(captions[row]) for row in rows)
-    size = (margin + side * lengths[0], side * len(rows) + 0.2 * texts)
-    figure, panels = plt.subplots(len(rows), squeeze=False, figsize=size, layout="compressed")
-    for axes, (row, images) in zip(panels[:, 0], rows.items(), strict=True):
-        _show(axes, row, images, captions[row])
-    titles = titles or [""] * lengths[0]
-    for place, title in zip(panels[0, 0].get_xticks(), titles, strict=True):
-        panels[0, 0].text(place, -1, title, ha="center", va="bottom", fontsize=8)
-    table = pd.DataFrame(captions).melt(var_name="row", value_name="caption", ignore_index=False)
-    table.insert(1, "column", table.index)
-    return _with_numbers(figure, table)
-
-
-def _show(
-    axes: Axes, row: str, images: Float[Tensor, "columns 3 height width"], captions: Sequence[str]
-) -> None:
-    """One row of images, its name at the left and a caption under each."""
-    joined = make_grid(images.detach().cpu(), len(images), padding=_GAP, pad_value=1)
-    axes.imshow(joined.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-    middle_y, middle_x = ((pixels - 1) / 2 for pixels in joined.shape[1:])
-    columns = np.arange(len(images)) - (len(images) - 1) / 2
-    axes.set_xticks(middle_x + columns * (images.shape[-1] + _GAP), captions)
-    axes.set_yticks([middle_y], [row])
-    axes.tick_params(length=0, pad=1)
-    axes.tick_params(axis="x", labelsize=7, labelbottom=any(captions))
-    axes.grid(visible=False)
-    seaborn.despine(ax=axes, left=True, bottom=True)
+    options: dict[str, Any] = {"figsize": (width, 1.2 * len(rows)), "layout": "compressed"}
+    figure, grid = plt.subplots(len(rows), lengths[0], squeeze=False, **options)
+    for line, (row, images) in zip(grid, rows.items(), strict=True):
+        line[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=8)
+        for axes, image, caption in zip(line, images, captions[row], strict=True):
+            pixels = image.detach().cpu().clamp(0, 1).permute(1, 2, 0)
+            axes.imshow(pixels.numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(caption, fontsize=7, labelpad=1)
+    for axes, title in zip(grid[0], titles, strict=False):
+        axes.set_title(title, fontsize=8)
+    seaborn.despine(figure, left=True, bottom=True)
+    return _with_numbers(figure, pd.DataFrame(captions))
 
 
 # Charts ---------------------------------------------------------------------------
@@ -174,80 +155,70 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     ]
     if not curves:
         raise ValueError("There are no costs to draw: pass the history of at least one attack.")
-    table = pd.concat(part.rename_axis("iteration").reset_index() for part in curves)
-    colors = _colors(table["arm"])
-    figure, panels = _panels(PAGE, 2.4, table["term"].nunique())
-    for axes, (term, part) in zip(panels, table.groupby("term", sort=False), strict=True):
-        for arm, curve in part.groupby("arm", sort=False):
-            axes.plot(curve["iteration"] + 1, curve["value"], label=arm, color=colors[arm])
-        scale = "log" if axes.dataLim.y1 > 0 else "linear"  # a term of weight 0 is all 0
-        axes.set(title=term, xlabel="evaluation", xscale="log", yscale=scale)
-    panels[0].set_ylabel("weighted cost")
-    _draw_legend(figure)
-    return _with_numbers(figure, table)
+    table = pd.concat(curves).rename_axis("iteration").reset_index()
+    drawn = table.assign(evaluation=table["iteration"] + 1)
+    style: dict[str, Any] = {"kind": "line", "estimator": None, "facet_kws": {"sharey": False}}
+    style |= {"height": 2.2, "aspect": 2.9 / table["term"].nunique()}
+    grid = seaborn.relplot(drawn, x="evaluation", y="value", hue="arm", col="term", **style)
+    grid.set(xscale="log").set_titles("{col_name}").set_ylabels("weighted cost")
+    for panel in grid.axes.flat:
+        if panel.dataLim.y1 > 0:  # a term of weight 0 is all 0
+            panel.set_yscale("log")
+    return _with_numbers(grid.figure, table)
 
 
-def interval_bars(
-    frame: pd.DataFrame, x: str, y: str, hue: str, width: float = COLUMN, xlabel: str | None = None
-) -> Figure:
-    """Bars of the mean of column `y` for each value of `x`, in one colour for each value
-    of `hue`, with 95 % bootstrap intervals over independent batches (column `batch`).
-
-    Raises ValueError for missing values.
-    """
-    table = _intervals(frame, x, y, hue)
-    figure, (axes,) = _panels(width, 2.6)
-    _draw_bars(axes, table.set_index([x, hue]))
-    axes.set_xlabel(x if xlabel is None else xlabel)
-    return _explained(figure, table, y)
-
-
-def interval_lines(
-    frame: pd.DataFrame, x: str, y: str, hue: str, width: float = COLUMN, xscale: Scale = "category"
-) -> Figure:
-    """As `interval_bars`, with a line for each value of `hue`; the lines stand three
-    points apart, so that error bars do not hide each other.
-
-    `xscale`: "category" spaces the values of `x` equally; "log" is a logarithmic axis,
-    with a tick at each value and a place for 0. Raises ValueError for missing values.
-    """
-    table = _intervals(frame, x, y, hue)
-    figure, (axes,) = _panels(width, 2.6)
-    _draw_lines(axes, table.set_index([x, hue]), xscale)
-    axes.set_xlabel(x)
-    return _explained(figure, table, y)
-
-
-def published_bars(
+def interval_dots(
     frame: pd.DataFrame,
-    published: pd.DataFrame,
     x: str,
     y: str,
     hue: str,
-    titles: tuple[str, str],
+    *,
+    panel: str | None = None,
+    references: Mapping[Any, float] | None = None,
+    joined: bool = False,
+    xscale: Literal["category", "log"] = "category",
+    width: float = COLUMN,
     xlabel: str | None = None,
 ) -> Figure:
-    """A chart of the paper (left) beside that of `frame` (right, as `interval_bars`), on
-    one scale; `titles` name the settings.
+    """A dot at the mean of column `y` for each value of `x` and `hue`, with 95 %
+    bootstrap intervals over independent batches (column `batch`); the values of `hue`
+    stand side by side, in a colour and marker each.
 
-    `published`: columns `x`, `hue` and `y`, a row for each bar (see
-    `gipip.evaluation.published`). Both panels have all values of `x`, ascending if they
-    are numbers, with a gap where a panel has no bar.
+    Rows without a batch (nan) are published values and have no interval. Numbers on the
+    `x` axis ascend; texts keep their order in the frame. `panel`: a column, each value
+    of which titles a panel; a panel has only the places that it has rows of.
+    `references`: named values of `y`, which dashed lines mark in the panels of measured
+    rows. `joined` draws a line through the dots of each value of `hue`. `xscale`:
+    "category" spaces the values of `x` equally; "log" is a logarithmic axis, with a tick
+    at each value and a place for 0. `width` in inches. Raises ValueError for missing
+    values in any column but `batch`.
     """
-    here = _intervals(frame, x, y, hue)
-    tables = {titles[0]: published[[x, hue, y]].rename(columns={y: "mean"}), titles[1]: here}
-    drawn = pd.concat(tables, names=["panel"]).reset_index("panel")
-    places = drawn[x].sort_values() if pd.api.types.is_numeric_dtype(drawn[x]) else drawn[x]
-    bars = pd.MultiIndex.from_product([places.unique(), drawn[hue].unique()], names=[x, hue])
-    notes = ["read from the published chart\nno intervals", _what_is_drawn(here)]
-    figure, panels = _panels(PAGE, 2.8, 2, sharey=True)
-    for axes, title, note in zip(panels, titles, notes, strict=True):
-        part = drawn[drawn["panel"] == title].set_index([x, hue])
-        _draw_bars(axes, part.reindex(bars))
-        axes.set(xlabel=x if xlabel is None else xlabel, ylabel=LABELS.get(y, y))
-        axes.set_title(f"{title}\n{note}", fontsize=8)
-    _draw_legend(figure, hue)
-    return _with_numbers(figure, drawn)
+    keys = [x, hue] if panel is None else [panel, x, hue]
+    _require_values(frame, y, *keys, "batch")
+    table = frame.groupby(keys, sort=False).apply(_interval, y).reset_index()
+    places, arms = pd.Index(frame[x].unique()), list(frame[hue].unique())
+    order = places.sort_values() if pd.api.types.is_numeric_dtype(places) else places
+    parts = table.groupby(panel or (lambda row: ""), sort=False)
+    figure, panels = _panels(width, 3, len(parts), sharey=True)
+    inches = (width - 1) / len(parts) / len(order)  # about the room of a place
+    step = 3 if joined else min(9, 60 * inches / len(arms))
+    for axes, (title, part) in zip(panels, parts, strict=True):
+        part = part.sort_values(x, key=order.get_indexer)
+        positions = _positions(axes, part[x], xscale, letters=int(15 * inches))
+        _draw_dots(axes, part.set_index([positions, hue]), arms, step, "-" if joined else "")
+        for value in (references or {}).values() if part["count"].any() else ():
+            axes.axhline(value, color=_GREY, linewidth=0.8, linestyle="--", zorder=1)
+        axes.set_title(f"{title!s}\n{_what_is_drawn(part)}".strip(), fontsize=8)
+        axes.set_xlabel(x if xlabel is None else xlabel)
+    panels[0].set_ylabel(LABELS.get(y, y))
+    handles = panels[0].get_legend_handles_labels()
+    title, columns = None if hue == "arm" else hue, int(width / 1.7)
+    figure.legend(*handles, title=title, loc="outside upper center", ncols=columns)
+    if references:
+        lines = pd.Series(references).sort_values()
+        _name_lines(figure, lines)
+        table = pd.concat([table, pd.DataFrame({hue: lines.index, "mean": lines.to_numpy()})])
+    return _with_numbers(figure, table)
 
 
 def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, hue: str) -> Figure:
@@ -256,48 +227,47 @@ def tradeoff(frame: pd.DataFrame, x: str, y: str, label: str, hue: str) -> Figur
 
     `hue`: the column that gives the colour. Error bars, in either direction, are 95 %
     bootstrap intervals, whose ends are read from the columns "{x}_low", "{x}_high",
-    "{y}_low", "{y}_high" where there are any; nan means none. Raises ValueError for
-    missing values.
+    "{y}_low", "{y}_high" where there are any; nan means none. The columns "images" and
+    "count" (of independent batches) say n, if there are. Raises ValueError for missing
+    values.
     """
     _require_values(frame, x, y, label, hue)
-    colors = _colors(frame[hue])
     figure, (axes,) = _panels(PAGE, 3.4)
-    number_style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "zorder": 3}
+    on_dot: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6}
+    kinds = list(frame[hue].unique())
     for number, row in enumerate(frame.to_dict("records"), start=1):
-        style = {"fmt": "o", "markersize": 9, "color": colors[row[hue]]}
-        name = f"{number}  {row[label]}"
-        axes.errorbar(row[x], row[y], _ends(row, y), _ends(row, x), label=name, **style)
-        axes.text(row[x], row[y], str(number), fontsize=6, color="white", **number_style)
+        color = f"C{kinds.index(row[hue])}"
+        axes.hlines(row[y], row.get(f"{x}_low", np.nan), row.get(f"{x}_high", np.nan), color)
+        axes.vlines(row[x], row.get(f"{y}_low", np.nan), row.get(f"{y}_high", np.nan), color)
+        axes.plot(row[x], row[y], "o", color=color, markersize=9, label=f"{number}  {row[label]}")
+        axes.text(row[x], row[y], str(number), color="white", **on_dot)
     axes.margins(0.1)
     axes.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
-    columns = [label, hue, x, f"{x}_low", f"{x}_high", y, f"{y}_low", f"{y}_high"]
-    table = frame[[name for name in columns if name in frame]]
-    if len(table.columns) > 4:
-        note = "points: mean; bars: 95 % bootstrap interval over independent batches"
-        axes.set_title(note, fontsize=7)
+    if "count" in frame:
+        axes.set_title(_what_is_drawn(frame), fontsize=8)
     figure.legend(loc="outside right upper")
-    return _with_numbers(figure, table)
+    return _with_numbers(figure, frame)
 
 
 def heatmap(frame: pd.DataFrame, rows: str, columns: str, value: str, *, label: str) -> Figure:
     """The mean of column `value` for each pair of values of `rows` and `columns`, as
     numbers on colours; the highest mean is outlined.
 
-    `label` names the value with its unit, beside the colour bar. Pairs without a row
+    `label` names the value, its unit and n, beside the colour bar. Pairs without a row
     stay blank. Raises ValueError for missing values.
     """
     _require_values(frame, rows, columns, value)
     table = frame.groupby([rows, columns])[value].agg(["mean", "count"]).reset_index()
     grid = table.pivot(index=rows, columns=columns, values="mean")
     figure, (axes,) = _panels(COLUMN, 0.9 + 0.3 * len(grid))
-    style = {"cmap": "cividis", "linewidths": 0.5, "fmt": ".2f", "annot_kws": {"fontsize": 7}}
-    texts = grid.rename(index=_text, columns=_text)
-    seaborn.heatmap(texts, ax=axes, annot=True, cbar_kws={"label": label}, **style)
+    style = {"cmap": "cividis", "linewidths": 0.5, "fmt": ".2f", "annot_kws": {"fontsize": 8}}
+    drawn = grid.rename(index=_text, columns=_text)
+    seaborn.heatmap(drawn, ax=axes, annot=True, cbar_kws={"label": label}, **style)
     row, column = np.argwhere(grid == np.nanmax(grid))[0]
     axes.add_patch(Rectangle((column, row), 1, 1, fill=False, ec="black", lw=2, clip_on=False))
     axes.tick_params(axis="y", rotation=0)
     axes.grid(visible=False)
-    axes.set_title("cells: mean; outlined: the highest", fontsize=7)
+    axes.set_title("cells: mean; outlined: the highest", fontsize=8)
     return _with_numbers(figure, table)
 
 
@@ -312,13 +282,14 @@ def paired_effect(effects: Mapping[str, Interval], label: str, decimals: int = 2
     _require_values(table, "effect", "mean")
     figure, (axes,) = _panels(PAGE, 0.75 + 0.32 * len(effects))
     axes.axvline(0, color="0.3", linewidth=0.8, linestyle="--")
-    axes.errorbar(table["mean"], table.index, xerr=_reach(table), fmt="o")
+    axes.hlines(table.index, table["low"], table["high"])
+    axes.plot(table["mean"], table.index, "o")
     for row, effect in enumerate(effects.values()):
         text = f"{effect:+.{decimals}f}  n={effect.count}"
-        beside = axes.get_yaxis_transform()
-        axes.text(1.02, row, text, transform=beside, va="center", fontsize=7)
+        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.set_yticks(table.index, table["effect"])
-    axes.set(ylim=(len(effects) - 0.5, -0.5), xlabel=f"{label}\nmean and 95 % bootstrap interval")
+    note = "mean and 95 % bootstrap interval, n: independent batches"
+    axes.set(ylim=(len(effects) - 0.5, -0.5), xlabel=f"{label}\n{note}")
     axes.locator_params(axis="x", nbins=6)
     axes.grid(axis="y", visible=False)
     return _with_numbers(figure, table)
@@ -337,103 +308,91 @@ def _with_numbers(figure: Figure, table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _intervals(frame: pd.DataFrame, x: str, y: str, hue: str) -> pd.DataFrame:
-    """The Interval of `y` for each pair of values of `x` and `hue`, a row each, in the
-    order of the frame.
+def _interval(part: pd.DataFrame, y: str) -> pd.Series:
+    """The Interval of `y` and the number of images measured: none for published values."""
+    values, batches = part[y], part["batch"]
+    published = Interval(values.mean(), np.nan, np.nan, 0)
+    interval = published if batches.hasnans else bootstrap_interval(values, groups=batches)
+    return pd.Series(interval._asdict() | {"images": batches.count()})
+
+
+def _positions(axes: Axes, values: pd.Series, xscale: str, letters: int) -> np.ndarray:
+    """Where each value is on the horizontal axis, which gets a tick there, labelled in
+    lines of so many letters.
     """
-    _require_values(frame, x, y, hue, "batch")
-    return pd.DataFrame(
-        {x: place, hue: arm} | bootstrap_interval(part[y], groups=part["batch"])._asdict()
-        for (place, arm), part in frame.groupby([x, hue], sort=False)
-    )
-
-
-def _draw_bars(axes: Axes, table: pd.DataFrame) -> None:
-    """Bars of a table of intervals that is indexed by place and arm, in its order."""
-    wide = pd.DataFrame(table.unstack(sort=False))
-    errors = np.stack(_reach(wide)).transpose(2, 0, 1)  # arms, 2 ends, places
-    wide["mean"].rename(_text).plot.bar(ax=axes, yerr=errors, width=0.8, rot=0, legend=False)
-    axes.grid(axis="x", visible=False)
-
-
-def _draw_lines(axes: Axes, table: pd.DataFrame, xscale: Scale) -> None:
-    """A line for each arm of such a table."""
-    arms = table.groupby(level=1, sort=False)
-    for index, (arm, part) in enumerate(arms):
-        part = part.droplevel(1).sort_index()
-        places = part.index.map(_text) if xscale == "category" else part.index
-        marker = _MARKERS[index % len(_MARKERS)]
-        line = axes.errorbar(places, part["mean"], _reach(part), marker=marker, label=arm)
-        points = 3 * (index - (len(arms) - 1) / 2)
-        aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
-        for artist in line.get_children():
-            artist.set_transform(axes.transData + aside)
-    if xscale != "category":
-        places = sorted(table.index.unique(level=0))
+    positions, places = pd.factorize(values)
+    if xscale == "log":
+        positions = values.to_numpy()
         least = min((place for place in places if place > 0), default=1.0)
         axes.set_xscale("symlog", linthresh=least)  # linear next to 0
-        axes.set_xticks(places, map(_text, places))
-        axes.minorticks_off()
+    else:
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.grid(axis="x", visible=False)
+    lines = textwrap.TextWrapper(max(1, letters), break_long_words=False)
+    labels = [lines.fill(_text(place)) for place in places]
+    axes.set_xticks(np.unique(positions), labels)
+    axes.minorticks_off()
+    return positions
 
 
-def _colors(arms: pd.Series) -> dict:
-    """A colour for each arm, in the order in which they first occur."""
-    return dict(zip(arms.unique(), itertools.cycle(seaborn.color_palette()), strict=False))
+def _draw_dots(axes: Axes, table: pd.DataFrame, arms: list, step: float, line: str) -> None:
+    """Dots of a table of intervals that is indexed by position and arm; arms stand `step`
+    points apart.
+    """
+    for index, arm in enumerate(arms):
+        part = table[table.index.get_level_values(1) == arm]
+        at, color = part.index.get_level_values(0), f"C{index}"
+        marker = _MARKERS[index % len(_MARKERS)]
+        (dots,) = axes.plot(at, part["mean"], marker, ls=line, color=color, label=arm)
+        bars = axes.vlines(at, part["low"], part["high"], color)
+        points = step * (index - (len(arms) - 1) / 2)
+        aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+        for artist in (dots, bars):
+            artist.set_transform(axes.transData + aside)
+
+
+def _name_lines(figure: Figure, lines: pd.Series) -> None:
+    """The names of ascending horizontal lines, at the right of the last panel; those that
+    would touch are moved apart, by as little as possible.
+    """
+    figure.draw_without_rendering()  # settles the height of the panel
+    axes = figure.axes[-1]
+    low, high = axes.get_ylim()
+    ends = (lines - low) / (high - low)
+    steps = 9 / 72 * figure.dpi / axes.bbox.height * np.arange(len(lines))
+    places = isotonic_regression(ends - steps).x + steps
+    line = {"arrowstyle": "-", "color": _GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 0}
+    style: dict[str, Any] = {"color": _GREY, "va": "center", "arrowprops": line}
+    for name, end, place in zip(lines.index, ends, places, strict=True):
+        axes.annotate(name, (1, end), (1.04, place), "axes fraction", fontsize=7, **style)
 
 
 def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _reach(table: pd.DataFrame) -> tuple:
-    """Lengths of error bars below and above the mean: nan (not drawn) without an
-    interval; clipped because rounding can make them negative.
-    """
-    mean = table["mean"]
-    return (mean - table["low"]).clip(lower=0), (table["high"] - mean).clip(lower=0)
-
-
-def _ends(row: dict, name: str) -> list[list[float]]:
-    """Lengths of the error bars of one point: nan (not drawn) without columns of its ends."""
-    low, high = (row.get(f"{name}_{end}", np.nan) for end in ("low", "high"))
-    return [[row[name] - low], [high - row[name]]]
-
-
-def _draw_legend(figure: Figure, title: str = "arm") -> None:
-    """One legend for all panels, above them; arms need no `title`."""
-    handles: dict[str, Artist] = {}
-    for axes in figure.axes:
-        found, labels = axes.get_legend_handles_labels()
-        handles |= dict(zip(labels, found, strict=True))
-    shown, columns = None if title == "arm" else title, int(figure.get_figwidth() / 1.7)
-    figure.legend(
-        handles.values(), handles.keys(), title=shown, loc="outside upper center", ncols=columns
-    )
-
-
 def _require_values(frame: pd.DataFrame, *columns: str) -> None:
-    if frame.empty or not {*columns} <= {*frame}:
-        given = f"{len(frame)} rows with the columns {list(frame)}"
-        raise ValueError(f"A figure of the columns {list(columns)} cannot be drawn from {given}.")
-    values = frame[list(columns)]
+    present = {"batch"} & {*frame}  # a value without a batch is a published one
+    values = frame.reindex(columns=list(columns)).drop(columns=present, errors="ignore")
     missing = values.columns[(values.isna() | values.isin([np.inf, -np.inf])).any()]
-    if len(missing):
-        raise ValueError(f"The columns {list(missing)} have missing or infinite values.")
+    if frame.empty or len(missing):
+        found = f"{len(frame)} rows, with missing or infinite values in {list(missing)}"
+        raise ValueError(f"A figure of the columns {list(columns)} cannot be drawn from {found}.")
 
 
-def _what_is_drawn(intervals: pd.DataFrame) -> str:
-    """What the marks of a chart are and of how many batches each; a single one has no interval."""
-    counts = intervals["count"]
-    if counts.max() == 1:
-        return "mean\none batch each, no intervals"
-    number = "–".join(str(count) for count in dict.fromkeys([counts.min(), counts.max()]))
-    return f"mean and 95 % bootstrap interval\n{number} independent batches each"
+def _what_is_drawn(table: pd.DataFrame) -> str:
+    """What the marks of a chart are, and of how many images and batches each."""
+    measured = table[table["count"] > 0]
+    if measured.empty:
+        return "as published, no intervals"
+    images, batches = measured["images"], measured["count"]
+    marks = "mean and 95 % bootstrap interval" if batches.max() > 1 else "mean, no intervals"
+    number = _number(batches, "independent batch", "independent batches")
+    return f"{marks}\nn = {_number(images, 'image', 'images')} in {number}"
 
 
-def _explained(figure: Figure, intervals: pd.DataFrame, y: str) -> Figure:
-    """The chart of a table of intervals of `y`, with the texts that it needs."""
-    axes = figure.axes[0]
-    axes.set_ylabel(LABELS.get(y, y))
-    axes.set_title(_what_is_drawn(intervals), fontsize=7)
-    _draw_legend(figure, intervals.columns[1])
-    return _with_numbers(figure, intervals)
+def _number(counts: pd.Series, one: str, many: str) -> str:
+    """Such as "8 images", or "1–8 images" where it varies."""
+    least, most = int(counts.min()), int(counts.max())
+    number = f"{most}" if least == most else f"{least}–{most}"
+    return f"{number} {one if most == 1 else many}"

@@ -17,7 +17,7 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.view import View
 from gipip.data.datasets import LabeledImages, load_dataset
-from gipip.errors import BatchSizeError, DataError, LabelError, UpdateError
+from gipip.errors import BatchSizeError, LabelError, UpdateError
 from gipip.evaluation.metrics import psnr
 from gipip.federation.client import Client, FedAvg
 from gipip.federation.defenses import Clipping, GaussianNoise, Sparsification
@@ -496,65 +496,3 @@ def test_an_attack_survives_json_and_names_its_prior_by_fingerprint(prior):
             assert dumped["prior"] == prior.fingerprint
             dumped["prior"] = prior
         assert ATTACKS[attack.name](**dumped) == attack
-
-
-# Data set, batch size → λ_TV, λ_AS; then iterations, the baseline's λ_TV and the offset c.
-RELEASED = {
-    ("cifar10", 1): (1e-6, 1e-6),
-    ("cifar10", 4): (1e-5, 1e-4),
-    ("cifar10", 8): (5e-4, 5e-4),
-    ("imagenet64", 1): (1e-6, 1e-6),
-    ("imagenet64", 4): (5e-4, 1e-4),
-    ("imagenet64", 8): (5e-4, 5e-4),
-}
-RELEASED_ANYWHERE = {"cifar10": (10_000, 1e-6, 0.001), "imagenet64": (48_000, 1e-4, 0.002)}
-
-
-@pytest.mark.parametrize(("dataset", "size"), RELEASED)
-def test_the_released_settings_are_those_of_the_public_code(prior, dataset, size):
-    iterations, baseline_tv, offset = RELEASED_ANYWHERE[dataset]
-    gipip = GIPIP.as_released(dataset, size, prior=prior)
-    assert (gipip.tv_weight, gipip.as_weight) == RELEASED[dataset, size]
-    assert (gipip.iterations, gipip.prior.offset, gipip.score_per, gipip.signed) == (
-        iterations,
-        offset,
-        "batch",
-        False,
-    )
-    baseline = InvertingGradients.as_released(dataset, size)
-    assert (baseline.tv_weight, baseline.iterations, baseline.signed) == (
-        baseline_tv,
-        iterations,
-        True,
-    )
-    assert {
-        (attack.learning_rate, attack.schedule, attack.returns) for attack in (gipip, baseline)
-    } == {(0.1, "steps", "last")}
-
-
-def test_the_released_schedule_falls_tenfold_at_three_five_and_seven_eighths():
-    optimizer, schedule = InvertingGradients.as_released("cifar10", 1, iterations=16).optimizer(
-        {"images": torch.zeros(1, requires_grad=True)}
-    )
-    rates = []
-    for _ in range(16):
-        rates.append(round(optimizer.param_groups[0]["lr"], 9))
-        optimizer.step()
-        schedule.step()
-    assert rates == [0.1] * 6 + [0.01] * 4 + [0.001] * 4 + [0.0001] * 2
-
-
-def test_single_released_settings_can_be_overridden(prior):
-    assert GIPIP.as_released("cifar10", 4, prior=prior, iterations=5).iterations == 5
-    assert DLG.as_released(iterations=5) == DLG(iterations=5)
-
-
-def test_released_settings_of_an_unknown_data_set_or_batch_size_are_refused(prior):
-    for preset in (
-        InvertingGradients.as_released,
-        lambda *which: GIPIP.as_released(*which, prior=prior),
-    ):
-        with pytest.raises(DataError, match="cifar10, imagenet64, not for 'mnist'.*by keyword"):
-            preset("mnist", 1)
-        with pytest.raises(BatchSizeError, match="batch sizes 1, 4, 8, not for 3"):
-            preset("cifar10", 3)

@@ -250,7 +250,7 @@ def test_an_attack_prints_assumptions_and_metrics_and_writes_each_reconstruction
     arguments += ["--prior", prior] if attack == "gipip" else []
     text = succeeds("attack", *pictures, *arguments)
     assert "Assumptions: labels:" in text
-    columns = r"image +matched +psnr +ssim +lpips +feature_mse"
+    columns = r"image +matched +psnr +ssim +ssim_padded +lpips +feature_mse"
     assert re.search(rf"{columns}\n *first\.png .*\n *second\.jpg ", text)
     folder = tmp_path / "out" / f"{attack}-1"
     assert f"Picture: {folder / 'comparison.png'}" in text

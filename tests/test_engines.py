@@ -98,7 +98,9 @@ def _assert_same(expected, found):
     ids=["FedSGD", "FedAvg"],
 )
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("name", ["convnet", "convnet16", "lenet", "unusual", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["convnet", "convnet16", "convnet16-groupnorm", "lenet", "unusual", "resnet18"]
+)
 def test_the_traced_gradient_and_its_derivative_are_the_eager_ones_in_float64(name, mode, fedavg):
     if name == "resnet18" and fedavg:
         fedavg = gipip.FedAvg(steps=2, batch_size=2)

@@ -17,10 +17,11 @@ import torch
 
 import gipip
 from gipip.attacks.dlg import DLG
+from gipip.attacks.gias import GIAS
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.data.datasets import load_dataset
+from gipip.data.datasets import LabeledImages, load_dataset, named_tensors
 from gipip.errors import DamagedFileError, DataError, ModelError, StoreError
 from gipip.evaluation.statistics import paired_difference
 from gipip.experiments import sweep as sweeps
@@ -245,6 +246,32 @@ def test_a_scenario_draws_its_classes_only():
     )
 
 
+def test_a_reconstruction_is_sought_among_all_images_of_the_scenarios_pool_and_classes():
+    data = load_dataset("cifar10")
+    for pool in ("private", "tuning"):
+        whole = getattr(data, f"{pool}_pool").indices
+        assert set(Scenario(pool=pool).candidates().indices.tolist()) == set(whole.tolist())
+    some = Scenario(classes=(9, 1)).candidates()
+    assert set(some.labels.tolist()) == {1, 9} and 50 <= len(some) <= 52
+
+
+def test_a_reconstruction_is_sought_among_a_thousand_images_of_a_large_pool_and_its_batch(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GIPIP_CACHE", str(tmp_path))
+    labels = torch.arange(1_200) // 120
+    pixels = torch.arange(1_200).remainder(256).to(torch.uint8).view(-1, 1, 1, 1)
+    pool = LabeledImages(pixels.expand(-1, 3, 64, 64).contiguous(), labels)
+    tensors = named_tensors(tuning=pool[[0, 1]], private=pool)
+    write_tensors(tmp_path / "imagenet64-many.safetensors", tensors, {})
+    for seed in range(5):
+        scenario = Scenario(dataset="imagenet64-many", batch_size=10, seed=seed)
+        found, own = scenario.candidates().indices.tolist(), scenario.batch().indices.tolist()
+        assert 1_000 <= len(found) <= 1_010 and set(own) <= set(found)
+        assert len(found) == len(set(found))
+    assert scenario.candidates().labels[:1_000].bincount().tolist() == [100] * 10
+
+
 def test_a_scenario_of_a_trained_client_has_the_weights_of_that_epoch(trained_lenet):
     model = Scenario(model="lenet", epochs=3, model_seed=7).client_model()
     assert all(
@@ -415,13 +442,13 @@ def test_keys_are_the_same_in_another_process_but_for_a_trained_client_of_other_
     assert same_ones == [run.key() for run in runs] and other != trained
 
 
-def version_of(package):
-    """The version of the code of a copy of gipip."""
+def versions(package):
+    """The versions of the code of three attacks in a copy of gipip."""
     file = package / "experiments" / "version.py"
     spec = importlib.util.spec_from_file_location("version_of_a_copy", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.code_version()
+    return {attack.name: module.code_version(attack) for attack in (InvertingGradients, GIAS, DLG)}
 
 
 @pytest.fixture
@@ -429,28 +456,48 @@ def package(tmp_path):
     return Path(shutil.copytree(Path(gipip.__file__).parent, tmp_path / "gipip"))
 
 
-def test_the_codes_version_is_left_alone_by_comments_docstrings_and_what_computes_nothing(package):
-    assert version_of(package) == version.code_version()
-    attack = package / "attacks" / "dlg.py"
-    attack.write_text(attack.read_text().replace('"""', '"""In other words: ', 1))
-    with (package / "federation" / "client.py").open("a") as file:
-        file.write("# a remark\n")
-    (package / "figures.py").write_text("")
-    assert version_of(package) == version.code_version()
+THIS_VERSION = {
+    attack.name: version.code_version(attack) for attack in (InvertingGradients, GIAS, DLG)
+}
+
+
+def changed(package):
+    """The attacks whose version is another one in the copy."""
+    return {attack for attack, found in versions(package).items() if found != THIS_VERSION[attack]}
+
+
+def test_comments_docstrings_and_where_the_package_lies_change_no_version(package):
+    assert len(set(THIS_VERSION.values())) == 3
+    for name in ("attacks/loop.py", "attacks/gias.py", "federation/client.py"):
+        file = package / name
+        file.write_text(file.read_text().replace('"""', '"""In other words: ', 1) + "# a remark\n")
+    assert changed(package) == set()
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "attacks"),
     [
-        *("attacks/base.py", "attacks/engines/__init__.py", "attacks/a_new_one.py"),
-        *("federation/client.py", "priors/gan.py", "evaluation/metrics.py"),
-        "experiments/scenario.py",
+        ("attacks/gias.py", {"gias"}),
+        ("priors/gan.py", {"gias"}),
+        ("attacks/inverting_gradients.py", {"ig", "gias"}),
+        ("attacks/loop.py", {"ig", "gias", "dlg"}),
+        ("attacks/base.py", {"ig", "gias", "dlg"}),
+        ("attacks/engines/__init__.py", {"ig", "gias", "dlg"}),
+        ("attacks/engines/products.py", {"ig", "gias", "dlg"}),
+        ("federation/defenses.py", {"ig", "gias", "dlg"}),
+        ("evaluation/metrics.py", {"ig", "gias", "dlg"}),
+        ("experiments/scenario.py", {"ig", "gias", "dlg"}),
+        ("attacks/__init__.py", set()),
+        ("attacks/a_new_one.py", set()),
+        ("federation/training.py", set()),
+        ("experiments/sweep.py", set()),
+        ("figures.py", set()),
     ],
 )
-def test_any_statement_on_which_a_result_depends_changes_the_codes_version(package, name):
+def test_a_statement_changes_the_versions_of_the_attacks_that_depend_on_it(package, name, attacks):
     with (package / name).open("a") as file:
         file.write("\nNEW = 1\n")
-    assert version_of(package) != version.code_version()
+    assert changed(package) == attacks
 
 
 def test_a_result_of_other_code_is_not_reused(store, result):
@@ -476,6 +523,30 @@ def test_a_result_of_an_own_attack_is_not_reused_when_its_methods_have_changed()
     assert keys[0] == keys[1] != keys[2]
     shipped = [Run("own", LENET, darkening(factor)()).key(code="") for factor in (0.5, 0.9)]
     assert shipped[0] == shipped[1]
+
+
+_OWN = """{lines}import sys, gipip, cloudpickle
+from pathlib import Path
+class Own(gipip.InvertingGradients):
+    def project(self, view, variables):
+        if self.schedule in {{"steps", "cosine", "constant"}}:
+            return [(lambda text: text + "!")(text) for text in ("a", "b")]
+run = gipip.Run("own", gipip.Scenario(model="lenet"), Own())
+if sys.argv[1:]:
+    Path(sys.argv[1]).write_bytes(cloudpickle.dumps(run))
+print(run.key())
+"""
+_ELSEWHERE = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).key())"
+
+
+def test_an_own_attacks_key_is_the_same_in_a_worker_and_another_day(tmp_path):
+    def key(code, *arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    pickled = str(tmp_path / "run")
+    here = key(_OWN.format(lines=""), pickled)
+    assert here == key(_ELSEWHERE, pickled) == key(_OWN.format(lines="\n\n"))
 
 
 @pytest.mark.parametrize(
@@ -580,7 +651,9 @@ def test_a_result_holds_images_aligned_to_the_truth_metrics_history_and_provenan
         "gradient matching": 4,
         "total variation": 4,
     }
-    assert {"psnr", "ssim", "lpips", "feature_mse"} <= set(result.metrics)
+    metrics = {"psnr", "ssim", "ssim_padded", "lpips", "identified", "feature_mse"}
+    assert metrics <= set(result.metrics)
+    assert result.metrics["candidates"].tolist() == [256]
     assert result.details["made"]["versions"]["torch"] == torch.__version__
 
 
@@ -805,6 +878,17 @@ def test_the_table_does_not_average_over_untrained_and_trained_clients():
     ).table(["psnr"])
     assert list(table["model"]) == ["convnet16", "convnet16@40"]
     assert [text.split()[0] for text in table["psnr"]] == ["30.000", "20.000"]
+
+
+def test_the_table_shows_the_share_identified_among_how_many_and_nothing_where_not_measured():
+    parts = [made_up("IG", [10.0, 11.0], seed=seed) for seed in range(2)]
+    for part, found in zip(parts, ([0.0, 1.0], [0.0, 0.0]), strict=True):
+        part.metrics["identified"], part.metrics["candidates"] = found, 256
+    earlier = made_up("earlier", [10.0, 11.0])
+    table = Results([*parts, earlier]).table()
+    assert table["identified"][0].startswith("0.250 [") and table["candidates"][0] == 256
+    assert table.loc[1, ["identified", "candidates"]].isna().all()
+    assert "ssim_padded" not in table and table["lpips"].notna().all()
 
 
 def test_an_effect_is_the_mean_difference_over_the_images_both_arms_attacked(results):

@@ -13,9 +13,15 @@ from torch.autograd import gradcheck
 
 from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.errors import DataError, DefenseError, LabelError, ModelError, UpdateError
-from gipip.federation.client import Client, FedAvg, batch_statistics, local_update
+from gipip.federation.client import Client, FedAvg, local_update
 from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
-from gipip.federation.models import build_model, client_model, model_fingerprint, trainable
+from gipip.federation.models import (
+    build_model,
+    client_model,
+    entering,
+    model_fingerprint,
+    trainable,
+)
 from gipip.federation.training import accuracy, train_federated
 
 
@@ -466,10 +472,10 @@ def test_a_network_without_batch_norm_has_no_statistics_to_share(data):
 
 def test_collecting_statistics_leaves_no_hook_behind_even_after_an_error():
     network = network_with_batch_norm().network
-    with pytest.raises(ZeroDivisionError), batch_statistics(network) as found:
+    with pytest.raises(ZeroDivisionError), entering(network, nn.BatchNorm2d) as seen:
         raise ZeroDivisionError
     network(torch.rand(1, 3, 6, 6, dtype=torch.float64))
-    assert found == []
+    assert seen == []
 
 
 # Defences ----------------------------------------------------------------------
@@ -592,6 +598,99 @@ def test_a_federated_step_is_one_of_sgd_along_the_clipped_update_under_the_clien
         model.parameters(), trained.parameters(), shared, strict=True
     ):
         torch.testing.assert_close(after, before - 0.2 * scale * gradient, atol=1e-5, rtol=1e-4)
+
+
+class Recorded(DPSGD):
+    """DP-SGD that keeps the batches and says nothing of them."""
+
+    max_norm: float = 1.0
+    noise_multiplier: float = 1.0
+    _batches: list = pydantic.PrivateAttr(default_factory=list)
+
+    def noisy_mean(self, model, batch, size, seed):
+        self._batches.append(batch)
+        return [torch.zeros_like(parameter) for parameter in model.parameters()]
+
+
+def test_under_dpsgd_each_image_is_in_each_batch_by_itself_with_the_sample_rate(softmax_regression):
+    labels = torch.arange(400) % 3
+    images = LabeledImages(torch.rand(400, 3, 2, 2), labels)
+    defence = Recorded()
+    train_federated(
+        softmax_regression.float(), images, steps=300, batch_size=40, defenses=[defence]
+    )
+    drawn = torch.zeros(300, 400)
+    for step, batch in enumerate(defence._batches):
+        assert len(batch.indices.unique()) == len(batch)
+        drawn[step, batch.indices] = 1
+    sizes, times = drawn.sum(dim=1).numpy(), drawn.sum(dim=0).numpy()
+    # Binomial(400, 0.1) images a batch and Binomial(300, 0.1) batches an image
+    assert abs(sizes.mean() - 40) < 3 * (36 / 300) ** 0.5
+    assert sizes.var() == pytest.approx(36, rel=3 * (2 / 300) ** 0.5)
+    assert times.var() == pytest.approx(27, rel=3 * (2 / 400) ** 0.5)
+    following = drawn[1:] * drawn[:-1]
+    assert following.mean() == pytest.approx(0.01, abs=3 * (0.01 / following.numel()) ** 0.5)
+
+
+def test_a_step_under_dpsgd_divides_the_sum_by_the_expected_size_not_by_the_batchs(
+    softmax_regression,
+):
+    model = softmax_regression.float()
+    equal = LabeledImages(
+        torch.rand(1, 3, 2, 2).repeat(8, 1, 1, 1), torch.ones(8, dtype=torch.int64)
+    )
+    single = Client(model).share(equal[:1], defenses=[Clipping(max_norm=0.1)]).gradients
+    counts = set()
+    for seed in range(12):
+        silent = DPSGD(max_norm=0.1, noise_multiplier=0)
+        trained = train_federated(
+            model, equal, steps=1, batch_size=2, learning_rate=1, defenses=[silent], seed=seed
+        )
+        moved = [a - b for a, b in zip(model.parameters(), trained.parameters(), strict=True)]
+        count = round(2 * (moved[0].norm() / single[0].norm()).item())
+        for found, gradient in zip(moved, single, strict=True):
+            torch.testing.assert_close(found, count / 2 * gradient, atol=1e-6, rtol=1e-4)
+        counts.add(count)
+    assert 0 in counts and len(counts) > 2  # an empty batch moves nothing but by its noise
+
+
+def test_after_dpsgd_a_model_holds_nothing_of_the_data_but_in_its_weights(bright_or_dark):
+    model, defence = in_single_precision(), DPSGD(max_norm=1, noise_multiplier=1)
+    trained = train_federated(model, bright_or_dark, steps=22, batch_size=4, defenses=[defence])
+    for name, buffer in model.named_buffers():
+        assert torch.equal(dict(trained.named_buffers())[name], buffer)
+    assert not any(map(torch.equal, model.parameters(), trained.parameters()))
+
+
+def test_after_dpsgd_other_defences_see_the_noisy_gradients_alone(bright_or_dark):
+    seen = []
+
+    class Seen(Clipping):
+        def __call__(self, update, **private):
+            seen.append((update, private))
+            return super().__call__(update, **private)
+
+    defenses = [DPSGD(max_norm=1, noise_multiplier=1), Seen(max_norm=0.1)]
+    settings = {"steps": 2, "batch_size": 4}
+    train_federated(in_single_precision(), bright_or_dark, defenses=defenses, **settings)
+    for update, private in seen:
+        assert private == {} and update.labels is None and update.statistics is None
+        assert update.batch_size == 4
+    with pytest.raises(DefenseError, match="Pass the model and batch"):
+        defenses[1] = Soteria(pruned=0.5)
+        train_federated(in_single_precision(), bright_or_dark, defenses=defenses, **settings)
+    with pytest.raises(DefenseError, match="Apply it first"):
+        train_federated(in_single_precision(), bright_or_dark, defenses=defenses[::-1], **settings)
+
+
+def test_a_model_with_groupnorm_learns_under_dpsgd_what_brightness_tells():
+    labels = torch.arange(300) % 2
+    images = 0.3 * torch.rand(300, 3, 9, 9) + 0.6 * labels.view(-1, 1, 1, 1)
+    data = LabeledImages(images, labels)
+    model = build_model("convnet16-groupnorm", 2, image_size=9)
+    defence = DPSGD(max_norm=1, noise_multiplier=0.5)
+    trained = train_federated(model, data, steps=25, batch_size=20, defenses=[defence])
+    assert accuracy(trained, data) > 0.9
 
 
 def test_a_finished_federated_training_is_loaded_from_the_store_and_another_is_not(

@@ -1,6 +1,8 @@
 """Figures: the files they become and the numbers they draw."""
 
+import itertools
 import json
+import re
 
 import matplotlib
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.container import BarContainer
+from matplotlib.text import Text
 
 from gipip import figures
 from gipip.errors import DataError
@@ -39,15 +41,23 @@ def measurements():
     return pd.DataFrame(rows)
 
 
-def scores():
-    """Arms and batch sizes in another order than the published ones, and a batch size
-    that was not published.
+def beside_published():
+    """The paper's chart and measurements, in another order and at a batch size that was
+    not published.
     """
-    frame = measurements().rename(columns={"arm": "anomaly score", "psnr": "ssim"})
-    names = {"Inverting Gradients": "with", "GI-PIP": "without"}
-    return frame.assign(
-        **{"batch size": frame["batch_size"].replace(8, 3), "ssim": frame["ssim"] / 40}
-    ).replace({"anomaly score": names})
+    measured = measurements().rename(columns={"batch_size": "batch size"})
+    measured = measured.assign(ssim=measured["psnr"] / 40, **{"batch size": 3})
+    measured["anomaly score"] = measured["arm"].map({"GI-PIP": "with"}).fillna("without")
+    return pd.concat(
+        {"published": published("batch size"), "here": measured}, names=["setting"]
+    ).reset_index("setting")
+
+
+def published_chart(**options):
+    columns = ("batch size", "ssim", "anomaly score")
+    return figures.interval_dots(
+        beside_published(), *columns, panel="setting", width=7.2, **options
+    )
 
 
 def defences():
@@ -77,14 +87,24 @@ def error_bars(axes):
     return np.array(seen).reshape(-1, 2, 2)
 
 
-def bars(axes):
-    """The bars of each arm that has a name."""
-    return [part for part in axes.containers if isinstance(part, BarContainer)]
+def dots(axes):
+    """The dots of each arm, by its name."""
+    named = zip(*axes.get_legend_handles_labels(), strict=True)
+    return {label: line for line, label in named if len(line.get_xdata())}
 
 
-def heights(axes):
-    """Those of all bars, without the gaps."""
-    return [bar.get_height() for part in bars(axes) for bar in part if bar.get_height()]
+def places(axes):
+    return [label.get_text() for label in axes.get_xticklabels()]
+
+
+def reference_lines(axes):
+    return [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+
+
+def on_paper(line):
+    """Where the dots of a line are, in points."""
+    pixels = line.get_transform().transform(line.get_xydata())
+    return pixels * 72 / line.figure.dpi
 
 
 def line_figure():
@@ -162,27 +182,26 @@ def test_image_grid_shows_every_pixel_of_every_image_beside_its_names():
     rows = {"private": torch.rand(3, 3, 8, 8), "GI-PIP": torch.rand(3, 3, 8, 8)}
     captions, titles = {"GI-PIP": ["18.9 dB", "19.0 dB", "20.1 dB"]}, ["cat", "dog", "ship"]
     figure = figures.image_grid(rows, captions, titles)
-    for axes, (row, images) in zip(figure.axes, rows.items(), strict=True):
-        (shown,) = axes.images
-        assert shown.get_interpolation() == "nearest"
-        assert [label.get_text() for label in axes.get_yticklabels()] == [row]
-        for column, image in zip(axes.get_xticks(), images, strict=True):
-            part = shown.get_array()[2:10, int(column - 3.5) : int(column + 4.5)]
-            np.testing.assert_array_equal(part, image.permute(1, 2, 0).numpy())
-    assert [text.get_text() for text in figure.axes[0].texts] == titles
-    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == captions["GI-PIP"]
-    assert figure.data_drawn["caption"].tolist() == ["", "", ""] + captions["GI-PIP"]
+    grid = np.array(figure.axes).reshape(2, 3)
+    for line, (row, images) in zip(grid, rows.items(), strict=True):
+        assert [axes.get_ylabel() for axes in line] == [row, "", ""]
+        assert [axes.get_xlabel() for axes in line] == captions.get(row, ["", "", ""])
+        for axes, image in zip(line, images, strict=True):
+            (shown,) = axes.images
+            assert shown.get_interpolation() == "nearest"
+            np.testing.assert_array_equal(shown.get_array(), image.permute(1, 2, 0).numpy())
+    assert [axes.get_title() for axes in grid.flat] == [*titles, "", "", ""]
+    assert figure.data_drawn["GI-PIP"].tolist() == captions["GI-PIP"]
 
 
-def test_image_grid_clamps_and_shows_one_image():
+def test_image_grid_clamps():
     figure = figures.image_grid({"private": torch.full((1, 3, 8, 8), 2.0)})
     assert (figure.axes[0].images[0].get_array() == 1).all()
-    assert figure.axes[0].get_xticks().tolist() == [3.5]
 
 
 def test_image_grid_keeps_square_images_square_and_within_its_width():
     names = ["private", "a name that is\nlonger than others"]
-    figure = figures.image_grid({name: torch.rand(16, 3, 8, 8) for name in names}, width=5.0)
+    figure = figures.image_grid({name: torch.rand(8, 3, 8, 8) for name in names}, width=5.0)
     figure.canvas.draw()
     width, height = figure.get_size_inches()
     assert width <= 5 + 1e-9
@@ -199,10 +218,11 @@ def test_image_grid_raises_no_warning_where_a_session_has_the_style(tmp_path):
     figures.save_figure("grid", folder=tmp_path)
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 3), (0, 0)])
-def test_image_grid_refuses_rows_of_different_length_and_empty_ones(first, second):
-    with pytest.raises(ValueError, match=rf"\[{first}, {second}\] images"):
-        figures.image_grid({"a": torch.rand(first, 3, 8, 8), "b": torch.rand(second, 3, 8, 8)})
+@pytest.mark.parametrize("lengths", [[2, 3], [0, 0], [9, 9], []])
+def test_image_grid_refuses_rows_of_different_length_and_more_than_eight_images(lengths):
+    rows = {str(row): torch.rand(count, 3, 8, 8) for row, count in enumerate(lengths)}
+    with pytest.raises(ValueError, match=rf"{re.escape(str(lengths))} images.*one to eight"):
+        figures.image_grid(rows)
 
 
 def test_cost_curves_draw_each_term_in_a_panel():
@@ -212,7 +232,8 @@ def test_cost_curves_draw_each_term_in_a_panel():
     }
     figure = figures.cost_curves(histories)
     assert [axes.get_title() for axes in figure.axes] == ["gradient", "tv"]
-    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
+    drawn = [[line for line in axes.lines if len(line.get_xdata())] for axes in figure.axes]
+    assert [len(lines) for lines in drawn] == [2, 1]
     assert figure.data_drawn["iteration"].tolist() == [0, 1, 0, 1, 0]
     assert figure.data_drawn["value"].tolist() == pytest.approx([1, 0.5, 0.2, 0.1, 2])
 
@@ -229,141 +250,170 @@ def test_cost_curves_draw_a_term_of_weight_0_on_a_linear_axis():
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "linear"]
 
 
-def test_interval_bars_draw_group_aware_intervals_in_the_order_of_the_table():
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("xscale", ["category", "log"])
+def test_dots_are_means_with_bootstrap_intervals_over_batches(joined, xscale):
+    frame, options = measurements(), {"joined": joined, "xscale": xscale}
+    figure = figures.interval_dots(frame, "batch_size", "psnr", "arm", **options)
+    axes, drawn = figure.axes[0], figure.data_drawn.set_index(["batch_size", "arm"])
+    assert list(dots(axes)) == ["Inverting Gradients", "GI-PIP"] and places(axes) == ["1", "8"]
+    ends = []
+    for arm, line in dots(axes).items():
+        for size, mean in zip((1, 8), line.get_ydata(), strict=True):
+            part = frame[(frame["batch_size"] == size) & (frame["arm"] == arm)]
+            expected = bootstrap_interval(part["psnr"], groups=part["batch"])
+            assert drawn.loc[size, arm].tolist() == pytest.approx([*expected, len(part)])
+            assert mean == pytest.approx(expected.mean)
+            ends.append(expected[1:3])
+    assert error_bars(axes)[:, :, 1] == pytest.approx(np.array(ends))
+
+
+def test_numbers_ascend_and_texts_keep_their_order():
     frame = measurements()
-    figure = figures.interval_bars(frame, "batch_size", "psnr", "arm")
-    numbers, axes = figure.data_drawn, figure.axes[0]
-    part = frame[(frame["batch_size"] == 8) & (frame["arm"] == "GI-PIP")]
-    expected = bootstrap_interval(part["psnr"], groups=part["batch"])
-    drawn = numbers[(numbers["batch_size"] == 8) & (numbers["arm"] == "GI-PIP")].iloc[0]
-    assert drawn[["mean", "low", "high", "count"]].tolist() == pytest.approx(list(expected))
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "1"]
-    ordered = numbers.sort_values("arm", ascending=False)
-    assert heights(axes) == pytest.approx(ordered["mean"].tolist())
-    ends = ordered[["low", "high"]].to_numpy()
-    assert error_bars(axes)[:, :, 1] == pytest.approx(ends)
+    texts = frame.assign(batch_size="B = " + frame["batch_size"].astype(str))
+    for table, expected in [(frame, ["1", "8"]), (texts, ["B = 8", "B = 1"])]:
+        figure = figures.interval_dots(table, "batch_size", "psnr", "arm")
+        assert places(figure.axes[0]) == expected
 
 
-@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
-def test_intervals_are_said_to_be_what_they_are(draw):
-    axes = draw(measurements(), "batch_size", "psnr", "arm").axes[0]
-    assert axes.get_title() == "mean and 95 % bootstrap interval\n4 independent batches each"
+def test_long_names_of_places_are_broken_between_words():
+    frame = pd.DataFrame({"x": ["labels given"] * 2 + ["labels inferred"] * 2 + ["c", "d", "e"]})
+    frame = frame.assign(arm="a", batch=range(7), ssim=0.1)
+    figure = figures.interval_dots(frame, "x", "ssim", "arm")
+    assert places(figure.axes[0])[:2] == ["labels\ngiven", "labels\ninferred"]
+
+
+def test_the_caption_says_what_is_drawn_of_how_many_images_and_batches():
+    axes = figures.interval_dots(measurements(), "batch_size", "psnr", "arm").axes[0]
+    interval = "mean and 95 % bootstrap interval"
+    assert axes.get_title() == f"{interval}\nn = 4–32 images in 4 independent batches"
     assert axes.get_ylabel() == "PSNR (dB), higher is better"
     assert axes.get_xlabel() == "batch_size"
 
 
-@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
-def test_single_observations_have_no_error_bar(draw):
+def test_single_batches_have_no_interval():
     frame = pd.DataFrame({"x": [1, 2], "arm": ["a", "a"], "batch": [0, 0], "ssim": [0.5, 0.6]})
-    figure = draw(frame, "x", "ssim", "arm")
+    figure = figures.interval_dots(frame, "x", "ssim", "arm")
     assert figure.data_drawn["low"].isna().all() and not len(error_bars(figure.axes[0]))
-    assert figure.axes[0].get_title() == "mean\none batch each, no intervals"
+    title = figure.axes[0].get_title()
+    assert title == "mean, no intervals\nn = 1 image in 1 independent batch"
 
 
-@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
-def test_an_interval_that_is_a_point_is_drawn_as_one(draw):
+def test_an_interval_that_is_a_point_is_drawn_as_one():
     frame = pd.DataFrame({"x": 1, "arm": "a", "batch": range(7), "ssim": 0.1})
-    (ends,) = error_bars(draw(frame, "x", "ssim", "arm").axes[0])
+    (ends,) = error_bars(figures.interval_dots(frame, "x", "ssim", "arm").axes[0])
     assert ends[:, 1] == pytest.approx([0.1, 0.1])
 
 
-@pytest.mark.parametrize("draw", [figures.interval_bars, figures.interval_lines])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda frame: frame.assign(psnr=np.nan), r"\['psnr'\] have missing or infinite"),
-        (lambda frame: frame.assign(psnr=np.inf), r"\['psnr'\] have missing or infinite"),
-        (lambda frame: frame.assign(arm=None), r"\['arm'\] have missing or infinite"),
-        (lambda frame: frame.drop(columns="batch"), "cannot be drawn from 72 rows with"),
+        (lambda frame: frame.assign(psnr=np.nan), r"missing or infinite values in \['psnr'\]"),
+        (lambda frame: frame.assign(psnr=np.inf), r"missing or infinite values in \['psnr'\]"),
+        (lambda frame: frame.assign(arm=None), r"missing or infinite values in \['arm'\]"),
+        (lambda frame: frame.drop(columns="batch"), r"from 72 rows, .* \['batch'\]"),
         (lambda frame: frame[:0], "cannot be drawn from 0 rows"),
     ],
 )
-def test_what_a_figure_would_leave_out_is_refused(draw, spoil, message):
+def test_what_a_figure_would_leave_out_is_refused(spoil, message):
     with pytest.raises(ValueError, match=message):
-        draw(spoil(measurements()), "batch_size", "psnr", "arm")
+        figures.interval_dots(spoil(measurements()), "batch_size", "psnr", "arm")
 
 
-@pytest.mark.parametrize("xscale", ["category", "log"])
-def test_interval_lines_draw_group_aware_intervals(xscale):
-    frame = measurements()
-    figure = figures.interval_lines(frame, "batch_size", "psnr", "arm", xscale=xscale)
-    axes = figure.axes[0]
-    for line, arm in zip(axes.containers, ("Inverting Gradients", "GI-PIP"), strict=True):
-        parts = [frame[(frame["batch_size"] == size) & (frame["arm"] == arm)] for size in (1, 8)]
-        intervals = [bootstrap_interval(part["psnr"], groups=part["batch"]) for part in parts]
-        places = ["1", "8"] if xscale == "category" else [1, 8]
-        assert line[0].get_xdata(orig=True).tolist() == places
-        assert line[0].get_ydata() == pytest.approx([part["psnr"].mean() for part in parts])
-        ends = np.stack(line[2][0].get_segments())[:, :, 1]
-        assert ends == pytest.approx(np.array([each[1:3] for each in intervals]))
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8"]
-
-
-@pytest.mark.parametrize("xscale", ["category", "log"])
-def test_interval_lines_stand_three_points_apart_on_every_scale(xscale):
-    figure = figures.interval_lines(measurements(), "batch_size", "psnr", "arm", xscale=xscale)
+@pytest.mark.parametrize("options", [{}, {"joined": True}, {"joined": True, "xscale": "log"}])
+def test_arms_stand_side_by_side_and_look_different(options):
+    figure = figures.interval_dots(measurements(), "batch_size", "psnr", "arm", **options)
     figure.canvas.draw()
-    first, second = (
-        line[0].get_transform().transform(line[0].get_xydata())[:, 0]
-        for line in figure.axes[0].containers
-    )
-    assert second - first == pytest.approx(3 / 72 * figure.dpi)
+    first, second = dots(figure.axes[0]).values()
+    apart = on_paper(second)[:, 0] - on_paper(first)[:, 0]
+    assert apart == pytest.approx(3 if options else 9)
+    assert first.get_color() != second.get_color() and first.get_marker() != second.get_marker()
+    assert (first.get_linestyle() == "-") == bool(options)
 
 
 @pytest.mark.parametrize("noise", [{8: 0.01, 1: 0.0}, {8: 0.0, 1: 0.0}])
 def test_a_logarithmic_axis_has_a_place_for_0(noise):
     frame = measurements().assign(noise=lambda frame: frame["batch_size"].map(noise))
-    figure = figures.interval_lines(frame, "noise", "psnr", "arm", xscale="log")
+    figure = figures.interval_dots(frame, "noise", "psnr", "arm", xscale="log")
     figure.canvas.draw()
-    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert labels == [f"{value:g}" for value in sorted({*noise.values()})]
-    places = figure.axes[0].transData.transform([(value, 0) for value in sorted({*noise.values()})])
-    assert np.isfinite(places).all() and (np.diff(places[:, 0]) > 50).all()
+    values = sorted({*noise.values()})
+    assert places(figure.axes[0]) == [f"{value:g}" for value in values]
+    at = figure.axes[0].transData.transform([(value, 0) for value in values])
+    assert np.isfinite(at).all() and (np.diff(at[:, 0]) > 50).all()
 
 
-TITLES = ("published: A", "here: B")
-
-
-def published_chart():
-    chart = "batch size"
-    columns = (chart, "ssim", "anomaly score")
-    return figures.published_bars(scores(), published(chart), *columns, titles=TITLES)
-
-
-def test_published_bars_set_the_published_values_beside_the_means_here():
+def test_published_values_stand_beside_measured_ones_without_intervals():
     figure = published_chart()
     left, right = figure.axes
-    expected = [0.48, 0.40, 0.27, 0.22, 0.18, 0.16, 0.53, 0.46, 0.42, 0.38, 0.33, 0.29]
-    assert heights(left) == pytest.approx(expected)
-    means = scores().groupby(["anomaly score", "batch size"])["ssim"].mean()
-    here = [means[arm, size] for arm in ("without", "with") for size in (1, 3)]
-    assert heights(right) == pytest.approx(here)
-    titles = [axes.get_title().split("\n")[0] for axes in figure.axes]
-    assert titles == list(TITLES) and "read from the published chart" in left.get_title()
-    assert len(error_bars(left)) == 0 and len(error_bars(right)) == 4
-    drawn = figure.data_drawn.groupby("panel", sort=False)["mean"].apply(list)
-    assert drawn[TITLES[0]] == pytest.approx(heights(left))
-    assert sorted(drawn[TITLES[1]]) == pytest.approx(sorted(heights(right)))
+    assert dots(left)["without"].get_ydata().tolist() == [0.48, 0.40, 0.27, 0.22, 0.18, 0.16]
+    assert dots(left)["with"].get_ydata().tolist() == [0.53, 0.46, 0.42, 0.38, 0.33, 0.29]
+    assert len(error_bars(left)) == 0 and len(error_bars(right)) == 2
+    assert left.get_title() == "published\nas published, no intervals"
+    assert right.get_title().startswith("here\nmean and 95 % bootstrap interval\nn = 36 images")
+    drawn = figure.data_drawn.set_index("setting")
+    assert drawn.loc["published", ["low", "high"]].isna().all(axis=None)
+    assert drawn.loc["here", ["low", "high"]].notna().all(axis=None)
 
 
-def test_published_bars_have_one_order_one_scale_and_one_palette_for_both_panels():
+def test_panels_have_only_their_places_and_share_order_scale_and_looks():
     left, right = published_chart().axes
-    for axes in (left, right):
-        labels = [label.get_text() for label in axes.get_xticklabels()]
-        assert labels == ["1", "2", "3", "4", "8", "12", "16"]
-        assert [part.get_label() for part in bars(axes)] == ["without", "with"]
-    assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
-    third = bars(right)[0][2]  # batch size 3 without the anomaly score
-    assert third.get_x() == pytest.approx(2 - 0.4)
-    colors = [[part[0].get_facecolor() for part in bars(axes)] for axes in (left, right)]
-    assert colors[0] == colors[1] and len(set(colors[0])) == 2
+    assert places(left) == ["1", "2", "4", "8", "12", "16"] and places(right) == ["3"]
+    assert left.get_ylim() == right.get_ylim() and left.get_ylabel() and not right.get_ylabel()
+    for arm in ("without", "with"):
+        assert dots(left)[arm].get_color() == dots(right)[arm].get_color()
+        assert dots(left)[arm].get_marker() == dots(right)[arm].get_marker()
+
+
+def test_an_arm_that_only_a_later_panel_has_is_in_the_legend():
+    frame = measurements().assign(setting="here")
+    frame.loc[frame["arm"] == "GI-PIP", "setting"] = "there"
+    figure = figures.interval_dots(frame, "batch_size", "psnr", "arm", panel="setting")
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert names == ["Inverting Gradients", "GI-PIP"]
+
+
+REFERENCES = {"mean image": 5.0, "4×4 thumbnail": 30.1, "mean colour": 30.0}
+
+
+def test_references_are_lines_and_rows_of_the_drawn_data():
+    columns = ("batch_size", "psnr", "arm")
+    figure = figures.interval_dots(measurements(), *columns, references=REFERENCES)
+    axes = figure.axes[0]
+    assert sorted(reference_lines(axes)) == sorted(REFERENCES.values())
+    drawn = figure.data_drawn.set_index("arm")["mean"]
+    assert drawn[[*REFERENCES]].to_dict() == REFERENCES and len(drawn) == 4 + 3
+    low, high = axes.get_ylim()
+    assert low < 5 and high > 30.1
+
+
+def test_the_names_of_references_stand_outside_in_order_and_apart():
+    columns = ("batch_size", "psnr", "arm")
+    figure = figures.interval_dots(measurements(), *columns, references=REFERENCES)
+    figure.canvas.draw()
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in figure.axes[0].texts}
+    assert all(box.x0 > figure.axes[0].bbox.x1 for box in boxes.values())
+    ordered = [boxes[name] for name in ("mean image", "mean colour", "4×4 thumbnail")]
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(ordered))
+
+
+def test_references_hold_for_measured_panels_only():
+    left, right = published_chart(references={"mean colour": 0.1}).axes
+    assert reference_lines(left) == [] and reference_lines(right) == [0.1]
+
+
+def test_equal_dots_give_equal_bytes(tmp_path):
+    first, second = (
+        figures.save_figure("dots", published_chart(references=REFERENCES), folder=tmp_path / name)
+        for name in "ab"
+    )
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_tradeoff_draws_a_point_and_its_intervals_for_each_row():
-    frame = defences()
+    frame = defences().assign(images=32, count=8)
     figure = figures.tradeoff(frame, "accuracy", "ssim", "strength", "defence")
     axes = figure.axes[0]
-    points = np.concatenate([container[0].get_xydata() for container in axes.containers])
+    points = np.concatenate([line.get_xydata() for line in dots(axes).values()])
     assert points == pytest.approx(frame[["accuracy", "ssim"]].to_numpy())
     rows = list(frame.itertuples())
     across = [(row.accuracy_low, row.ssim, row.accuracy_high, row.ssim) for row in rows[1:]]
@@ -371,7 +421,8 @@ def test_tradeoff_draws_a_point_and_its_intervals_for_each_row():
     drawn = sorted(error_bars(axes).reshape(-1, 4).tolist())
     assert np.array(drawn) == pytest.approx(np.array(sorted(across + upright)))
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("accuracy", "SSIM, higher is better")
-    assert "95 % bootstrap interval" in axes.get_title()
+    interval = "mean and 95 % bootstrap interval"
+    assert axes.get_title() == f"{interval}\nn = 32 images in 8 independent batches"
     pd.testing.assert_frame_equal(figure.data_drawn, frame, check_like=True)
 
 
@@ -383,7 +434,7 @@ def test_tradeoff_numbers_every_point_and_names_it_in_the_legend():
     assert list(numbers.values()) == list(zip(frame["accuracy"], frame["ssim"], strict=True))
     names = [text.get_text() for text in figure.legends[0].texts]
     assert names == ["1  none", "2  σ = 0.01", "3  σ = 0.1", "4  90 %"]
-    colors = [container[0].get_color() for container in figure.axes[0].containers]
+    colors = [line.get_color() for line in dots(figure.axes[0]).values()]
     assert colors[1] == colors[2] and len(set(colors)) == 3
 
 
@@ -395,7 +446,7 @@ def test_tradeoff_without_intervals_has_no_error_bars_and_claims_none():
 
 def test_tradeoff_refuses_missing_values():
     frame = defences().assign(accuracy=np.nan)
-    with pytest.raises(ValueError, match=r"\['accuracy'\] have missing"):
+    with pytest.raises(ValueError, match=r"missing or infinite values in \['accuracy'\]"):
         figures.tradeoff(frame, "accuracy", "ssim", "strength", "defence")
 
 
@@ -418,15 +469,16 @@ def test_heatmap_leaves_a_pair_without_rows_blank_and_refuses_missing_values():
     frame = pd.DataFrame({"tv": [0.1, 0.3, 0.3], "as": [1.0, 1, 3], "psnr": [10.0, 12, 14]})
     figure = figures.heatmap(frame, "tv", "as", "psnr", label="PSNR (dB)")
     assert [text.get_text() for text in figure.axes[0].texts] == ["10.00", "12.00", "14.00"]
-    with pytest.raises(ValueError, match=r"\['psnr'\] have missing"):
+    with pytest.raises(ValueError, match=r"missing or infinite values in \['psnr'\]"):
         figures.heatmap(frame.assign(psnr=[1, np.inf, 2]), "tv", "as", "psnr", label="PSNR (dB)")
 
 
 def test_no_label_is_cut_off_and_no_legend_covers_data():
     frame = measurements()
     drawn = [
-        figures.interval_bars(frame, "batch_size", "psnr", "arm"),
-        figures.interval_lines(frame, "batch_size", "psnr", "arm", figures.PAGE, "log"),
+        figures.interval_dots(frame, "batch_size", "psnr", "arm"),
+        figures.interval_dots(frame, "batch_size", "psnr", "arm", references=REFERENCES),
+        figures.interval_dots(frame, "batch_size", "psnr", "arm", joined=True, xscale="log"),
         figures.tradeoff(defences(), "accuracy", "ssim", "strength", "defence"),
         figures.heatmap(frame, "arm", "batch_size", "psnr", label="PSNR (dB)"),
         figures.cost_curves({"DLG": {"gradient": torch.ones(3), "tv": torch.zeros(3)}}),
@@ -493,7 +545,9 @@ def test_paired_effect_shows_intervals_around_a_line_at_no_difference():
         "+0.40 [+0.10, +0.70]  n=8",
         "−0.10 [−0.30, +0.10]  n=8",
     ]
-    assert axes.get_xlabel() == "PSNR gain (dB)\nmean and 95 % bootstrap interval"
+    assert axes.get_xlabel() == (
+        "PSNR gain (dB)\nmean and 95 % bootstrap interval, n: independent batches"
+    )
 
 
 @pytest.mark.parametrize("effects", [{}, {"B=1": Interval(float("nan"), 0.1, 0.7, 8)}])

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.signal import convolve
 from torch import nn
 from torchvision.transforms.functional import to_tensor
 
@@ -64,6 +65,41 @@ def test_ssim_of_constant_images_is_its_luminance_term():
     first, second = torch.full((1, 3, 16, 16), 0.4), torch.full((1, 3, 16, 16), 0.6)
     expected = (2 * 0.4 * 0.6 + 0.01**2) / (0.4**2 + 0.6**2 + 0.01**2)
     assert metrics.ssim(first, second).item() == pytest.approx(expected, abs=1e-6)
+
+
+def ssim_by_its_formula(first, second, borders):
+    """Equation 13 of Wang et al. 2004 in float64, with scipy's convolution: "valid" windows lie
+    inside the image, "same" ones reach over its borders into zeros.
+    """
+    offsets = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(offsets, offsets) / offsets.sum() ** 2
+
+    def local(values):
+        return convolve(values, window[None, None], mode=borders, method="direct")
+
+    x, y = (images.double().numpy() for images in (first, second))
+    mean_x, mean_y = local(x), local(y)
+    covariance = local(x * y) - mean_x * mean_y
+    variances = local(x * x) - mean_x**2 + local(y * y) - mean_y**2
+    luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (variances + 0.03**2)
+    return (luminance * structure).mean(axis=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("metric", "borders"), [(metrics.ssim, "valid"), (metrics.ssim_padded, "same")]
+)
+@pytest.mark.parametrize("noise", [0.02, 0.3])
+def test_both_forms_of_ssim_agree_with_the_formula(metric, borders, noise):
+    truth = embedded_images(4)[..., :28]
+    generator = torch.Generator().manual_seed(1)
+    images = (truth + noise * torch.randn(truth.shape, generator=generator)).clamp(0, 1)
+    expected = ssim_by_its_formula(images, truth, borders)
+    np.testing.assert_allclose(metric(images, truth), expected, atol=1e-6)
+
+
+def test_ssim_with_zeros_around_the_image_is_for_images_of_any_size():
+    assert metrics.ssim_padded(torch.ones(2, 3, 1, 4), torch.ones(2, 3, 1, 4)).tolist() == [1, 1]
 
 
 # LPIPS
@@ -164,6 +200,79 @@ def test_measuring_lpips_for_the_first_time_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_pairwise_lpips_is_lpips_of_each_pair():
+    images, others = random_images(3, size=48), random_images(5, size=48, seed=1)
+    others[4] = images[0]
+    found = metrics.pairwise_lpips(images, others)
+    for place in range(5):
+        expected = metrics.lpips(images, others[[place]].expand_as(images))
+        torch.testing.assert_close(found[:, place], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_pairwise_lpips_to_many_images_is_that_to_each_part_of_them():
+    images, others = random_images(2), embedded_images(256).repeat(2, 1, 1, 1)[:300]
+    together = metrics.pairwise_lpips(images, others)
+    again = metrics.pairwise_lpips(images, others)
+    parts = torch.cat([metrics.pairwise_lpips(images, others[i::3]) for i in range(3)], dim=1)
+    order = torch.cat([torch.arange(300)[i::3] for i in range(3)])
+    assert torch.equal(together, again)
+    torch.testing.assert_close(together[:, order], parts, rtol=1e-5, atol=1e-7)
+
+
+def test_another_pool_is_measured_anew():
+    images, pool = random_images(1), random_images(4, seed=1)
+    first = metrics.pairwise_lpips(images, pool)
+    pool[2] = images[0]  # the same tensor, another picture
+    assert metrics.pairwise_lpips(images, pool)[0, 2] < 1e-6 < first.min()
+
+
+# identified
+
+
+def test_an_image_is_identified_if_no_other_of_the_pool_is_nearer():
+    pool = embedded_images(8)
+    images = torch.stack([pool[5], pool[2], 0.9 * pool[3]])
+    assert metrics.identified(images, pool[[5, 1, 3]], pool).tolist() == [1, 0, 1]
+
+
+def test_a_copy_of_the_truth_in_the_pool_counts_as_the_truth():
+    pool = embedded_images(4)[[0, 1, 1, 2]]
+    assert metrics.identified(pool[[1, 2]], pool[[2, 1]], pool).tolist() == [1, 1]
+
+
+def test_what_is_identified_is_the_minimum_of_lpips_one_by_one():
+    pool, noise = embedded_images(20), random_images(6, seed=2)
+    images, truth = (0.5 * pool[:6] + 0.5 * noise).clamp(0, 1), pool[:6]
+    every = torch.stack([metrics.lpips(images, each.expand_as(images)) for each in pool], dim=1)
+    expected = (every.argmin(1) == torch.arange(6)).float()
+    assert 0 < expected.sum() < 6
+    assert torch.equal(metrics.identified(images, truth, pool), expected)
+
+
+def test_evaluate_says_which_reconstructions_are_identified_among_how_many_candidates():
+    pool = embedded_images(10)
+    truth, order = pool[[7, 1, 4]], [2, 0, 1]
+    table = evaluate((0.9 * truth)[order], truth, pool=Holder(pool))
+    assert table["identified"].tolist() == [1, 1, 1] and table["candidates"].tolist() == [10] * 3
+    assert list(table.columns[-3:]) == ["lpips", "identified", "candidates"]
+    mirrored = evaluate(pool[[2, 2, 2]], truth, pool=pool)
+    assert mirrored["identified"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "pool", [embedded_images(10)[:7], embedded_images(10) * 0.99, random_images(10, size=64)]
+)
+def test_a_pool_without_the_private_images_is_refused(pool):
+    truth = embedded_images(10)[[7, 1]]
+    with pytest.raises(DataError, match="pool does not hold the batch's images"):
+        evaluate(truth, truth, pool=pool)
+
+
+def test_a_pool_of_no_images_is_refused():
+    with pytest.raises(DataError, match=r"The pool must hold .*\(10, 3, 32\)"):
+        evaluate(random_images(2), random_images(2), pool=torch.rand(10, 3, 32))
+
+
 # Matching
 
 
@@ -231,12 +340,14 @@ def test_evaluate_gives_a_row_per_private_image_under_one_assignment():
     truth = random_images(4)
     order = torch.tensor([2, 0, 3, 1])
     table = evaluate(Holder((0.9 * truth)[order]), Holder(truth))
-    assert list(table.columns) == ["image", "matched", "psnr", "ssim", "lpips"]
+    assert list(table.columns) == [*("image", "matched", "psnr", "ssim", "ssim_padded", "lpips")]
     assert table["image"].tolist() == [0, 1, 2, 3] and order[
         table["matched"].tolist()
     ].tolist() == [0, 1, 2, 3]
     np.testing.assert_allclose(table["psnr"], metrics.psnr(0.9 * truth, truth))
     np.testing.assert_allclose(table["ssim"], metrics.ssim(0.9 * truth, truth), rtol=1e-6)
+    padded = metrics.ssim_padded(0.9 * truth, truth)
+    np.testing.assert_allclose(table["ssim_padded"], padded, rtol=1e-6)
     np.testing.assert_allclose(table["lpips"], metrics.lpips(0.9 * truth, truth), rtol=1e-4)
 
 
@@ -281,13 +392,18 @@ def test_evaluate_tolerates_rounding_outside_the_range():
 
 @pytest.mark.parametrize(
     ("height", "width", "missing"),
-    [(16, 16, ["lpips"]), (30, 64, ["lpips"]), (4, 16, ["ssim", "lpips"]), (31, 31, [])],
+    [
+        (16, 16, ["lpips", "identified"]),
+        (30, 64, ["lpips", "identified"]),
+        (10, 16, ["ssim", "lpips", "identified"]),
+        (31, 31, []),
+    ],
 )
 def test_images_too_small_for_a_metric_get_nan_there_with_one_warning(height, width, missing):
     images = torch.rand(2, 3, height, width)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        table = evaluate(images, images)
+        table = evaluate(images, images, pool=images)
     assert list(table.columns[table.isna().all()]) == missing
     assert (table["psnr"] == 100).all() and table.drop(columns=missing).notna().all(axis=None)
     messages = [str(warning.message) for warning in caught if "NaN" in str(warning.message)]
@@ -295,7 +411,7 @@ def test_images_too_small_for_a_metric_get_nan_there_with_one_warning(height, wi
     assert all(f"{min(height, width)} pixels, for {' and '.join(missing)}" in m for m in messages)
 
 
-@pytest.mark.parametrize(("metric", "side", "needed"), [("lpips", 30, 31), ("ssim", 5, 6)])
+@pytest.mark.parametrize(("metric", "side", "needed"), [("lpips", 30, 31), ("ssim", 10, 11)])
 def test_a_metric_alone_refuses_images_too_small_for_it_and_says_what_it_needs(
     metric, side, needed
 ):

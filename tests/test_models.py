@@ -24,7 +24,7 @@ from gipip.federation.models import (
 from gipip.federation.training import accuracy
 from gipip.files import DATA, write_tensors
 
-NETWORKS = ["convnet", "convnet16", "lenet", "resnet18"]
+NETWORKS = ["convnet", "convnet16", "convnet16-groupnorm", "lenet", "resnet18"]
 
 
 def parameters(model):
@@ -74,6 +74,15 @@ def test_convnet16_is_the_convnet_of_half_the_width():
     )
 
 
+def test_the_groupnorm_variant_is_convnet16_and_holds_nothing_but_its_weights():
+    model, usual = build_model("convnet16-groupnorm"), build_model("convnet16")
+    groups = [(m.num_groups, m.num_channels) for m in model.modules() if hasattr(m, "num_groups")]
+    assert groups == [(8, 16), (8, 32), (8, 32), (8, 64), (8, 64), (8, 64)]
+    assert [name for name, _ in model.named_buffers()] == ["normalize.mean", "normalize.std"]
+    for (name, value), expected in zip(model.named_parameters(), usual.parameters(), strict=True):
+        assert torch.equal(value, expected), name
+
+
 def test_lenet_is_the_sigmoid_network_of_dlg():
     model = build_model("lenet")
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -110,7 +119,7 @@ def test_building_a_model_leaves_the_global_generator_alone():
 
 def test_an_unknown_model_is_refused_with_the_known_ones():
     with pytest.raises(
-        ModelError, match="'vgg'.*convnet, convnet16, lenet, resnet18.*client_model"
+        ModelError, match="'vgg'.*convnet16, convnet16-groupnorm, lenet.*client_model"
     ):
         build_model("vgg")
 
@@ -185,11 +194,15 @@ class Gives(nn.Module):
         return self.form(self.linear(inputs.flatten(1)))
 
 
+def some(size):
+    return LabeledImages(torch.rand(2, 3, size, size), torch.tensor([0, 1]))
+
+
 def test_the_classes_are_counted_by_the_logits_and_the_model_stays_as_it_was():
     model = build_model("convnet", 7).train()
     before = model_fingerprint(model)
     with torch.no_grad():
-        assert count_classes(model, torch.rand(2, 3, 32, 32)) == 7
+        assert count_classes(model, some(32)) == 7
     assert model_fingerprint(model) == before
 
 
@@ -206,7 +219,7 @@ def test_the_classes_are_counted_by_the_logits_and_the_model_stays_as_it_was():
 )
 def test_a_network_that_gives_no_logits_is_refused_with_what_it_gives(form, found):
     with pytest.raises(ModelError, match=f"gives {found}; expected logits.*Wrap it"):
-        count_classes(client_model(Gives(form), (0,) * 3, (1,) * 3), torch.rand(2, 3, 2, 2))
+        count_classes(client_model(Gives(form), (0,) * 3, (1,) * 3), some(2))
 
 
 def normalised_by(layer):
@@ -228,7 +241,7 @@ def test_images_mix_where_one_images_logits_depend_on_another(layer, mode):
     network, images = normalised_by(layer).train(mode == "train"), torch.rand(2, 3, 2, 2)
     other = torch.stack([images[0], torch.rand(3, 2, 2)])
     depend = not torch.allclose(network(images)[0], network(other)[0])
-    assert mixes_images(network, mode) == depend
+    assert mixes_images(network) == depend
 
 
 def test_the_fingerprint_sees_a_change_of_one_weight_and_of_one_buffer():

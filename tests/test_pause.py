@@ -82,7 +82,7 @@ def test_a_paused_run_of_another_is_not_taken_for_its_own(store, paused):
 
 def test_what_other_code_began_is_not_gone_on_with(store, paused, monkeypatch):
     first = unfinished(store)
-    monkeypatch.setattr(scenarios, "code_version", lambda: "of other code")
+    monkeypatch.setattr(scenarios, "code_version", lambda attack: "of other code")
     assert execute(paused, store).run == paused
     assert unfinished(store) == first
 

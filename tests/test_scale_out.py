@@ -293,27 +293,20 @@ def test_a_process_that_is_killed_costs_its_run_and_not_the_sweep(store, folder)
         dataclasses.replace(run, attack=IsKilled(**dict(run.attack), times=times))
         for run, times in ((always, 99), (once, 1))
     )
-    with pytest.raises(SweepError, match="1 of 5 runs failed.*\n.*BrokenProcessPool") as error:
+    with pytest.raises(SweepError, match="1 of 5 runs failed.*\n.*SIGKILL") as error:
         sweep([always, once, *others], store=store, workers=2)
     assert str(error.value).count("\n") == 1
-    assert (folder / "0").read_text().count("here") in (2, 3), "with others, then alone"
+    assert (folder / "0").read_text().count("here") == 2, "with others, then alone"
     assert store.load(always) is None
     for run in (once, *others):
         assert torch.equal(store.load(run).images, plain(run))
 
 
-def test_a_script_without_a_guard_is_told_so(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(tmp_path / "store")]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 1
-    assert 'call sweep() under `if __name__ == "__main__":`' in process.stderr.splitlines()[-1]
-
-
 def start_script(store):
     heed_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    command = [sys.executable, "-c", SCRIPT, str(store.folder)]
+    script = store.folder.parent / "script.py"
+    script.write_text(SCRIPT)  # without a guard: workers do not import it
+    command = [sys.executable, str(script), str(store.folder)]
     return subprocess.Popen(command, start_new_session=True, preexec_fn=heed_ctrl_c)
 
 

@@ -69,9 +69,7 @@ class GradInversion(InvertingGradients):
 
     def _statistics(self, view: View, images: Images) -> Float[Tensor, ""]:
         """Distance of one seed's BatchNorm statistics to the shared ones."""
-        with batch_statistics(view.model.network) as found:
-            view.model.network(images)
-        ours = itertools.chain.from_iterable(found)
+        ours = itertools.chain.from_iterable(batch_statistics(view.model.network, images))
         shared = itertools.chain.from_iterable(view.update.statistics or ())
         pairs = zip(ours, shared, strict=True)
         return torch.stack([(a - b).square().mean() for a, b in pairs]).mean()

@@ -15,14 +15,16 @@ from gipip.attacks.view import View
 from gipip.federation.client import SharedUpdate
 from gipip.federation.models import Images
 
+_STEP_DIVISORS = (2.667, 1.6, 1.142)  # of the iterations: 8/3, 8/5 and 8/7 as the references round
+
 
 class InvertingGradients(Attack):
     """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x), by Adam in the box that [0, 1] becomes.
 
     `tv_weight`: λ_TV. `signed`: Adam receives the sign of the gradient. `schedule`: "cosine" falls
-    to zero, "steps" multiplies the learning rate by 0.1 at 3/8, 5/8 and 7/8 of the iterations, as
-    the reference implementations do. `masked`: match only the entries that are not zero in g*, the
-    answer to a client that shares a sparsified gradient.
+    to zero, "steps" multiplies the learning rate by 0.1 at 3/8, 5/8 and 7/8 of the iterations,
+    rounded as in the reference implementations. `masked`: match only the entries that are not zero
+    in g*, the answer to a client that shares a sparsified gradient.
     """
 
     name = "ig"
@@ -42,7 +44,7 @@ class InvertingGradients(Attack):
         )
         if self.schedule == "cosine":
             return adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.iterations)
-        milestones = [self.iterations * eighths // 8 for eighths in (3, 5, 7)]
+        milestones = [int(self.iterations // divisor) for divisor in _STEP_DIVISORS]
         return adam, torch.optim.lr_scheduler.MultiStepLR(adam, milestones, gamma=0.1)
 
     def terms(self, view: View, variables: Variables) -> Terms:

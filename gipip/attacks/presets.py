@@ -11,7 +11,7 @@ RELEASED_OFFSETS = {"cifar10": 0.001, "imagenet64": 0.002}
 """The constant c of the anomaly score in GI-PIP's public code."""
 
 _BY_KEYWORD = "Give the weights by keyword."
-_RELEASED_OPTIMIZER = {"learning_rate": 0.1, "schedule": "steps"}
+_RELEASED_OPTIMIZER = {"learning_rate": 0.1, "schedule": "steps", "signed": False}
 _RELEASED_ITERATIONS = {"cifar10": 10_000, "imagenet64": 48_000}
 _RELEASED_WEIGHTS = {  # data set → batch size → (λ_TV, λ_AS) of GI-PIP
     "cifar10": {1: (1e-6, 1e-6), 4: (1e-5, 1e-4), 8: (5e-4, 5e-4)},
@@ -23,6 +23,7 @@ _RELEASED_BASELINE_TV = {"cifar10": 1e-6, "imagenet64": 1e-4}
 def released(attack: str, dataset: str, batch_size: int) -> dict:
     """Settings of `attack` ("GIPIP", or its baseline "InvertingGradients") in GI-PIP's public code.
 
+    Both take plain Adam: that code has an option for the gradient's sign, and never reads it.
     Raises DataError or BatchSizeError for a data set or batch size that the code has no weights
     for.
     """
@@ -40,10 +41,9 @@ def released(attack: str, dataset: str, batch_size: int) -> dict:
         )
     common = {"iterations": _RELEASED_ITERATIONS[dataset], **_RELEASED_OPTIMIZER}
     if attack == "InvertingGradients":
-        return common | {"tv_weight": _RELEASED_BASELINE_TV[dataset], "signed": True}
+        return common | {"tv_weight": _RELEASED_BASELINE_TV[dataset]}
     tv_weight, as_weight = weights[batch_size]
-    common |= {"tv_weight": tv_weight, "as_weight": as_weight}
-    return common | {"signed": False, "score_per": "batch"}
+    return common | {"tv_weight": tv_weight, "as_weight": as_weight, "score_per": "batch"}
 
 
 def tuned(arm: str, condition: str) -> dict:

@@ -6,13 +6,15 @@ image, on images clamped to [0, 1].
 
 import copy
 import warnings
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from gipip.errors import BatchSizeError, DataError
 from gipip.federation.models import Images, last_linear
@@ -20,21 +22,24 @@ from gipip.files import DATA, read_tensors
 
 PerImage = Float[Tensor, "batch"]
 
-_SMALLEST = {"ssim": 6, "lpips": 31}
-"""Pixels a side: SSIM's window mirrors five at each border, AlexNet's poolings shrink
-the rest.
-"""
+_SMALLEST = {"ssim": 11, "lpips": 31, "identified": 31}
+"""Pixels a side: SSIM's window has eleven, and AlexNet's poolings shrink the rest."""
 
 
-def evaluate(reconstruction: Any, batch: Any, model: nn.Module | None = None) -> pd.DataFrame:
+def evaluate(
+    reconstruction: Any, batch: Any, model: nn.Module | None = None, pool: Any = None
+) -> pd.DataFrame:
     """How well each private image was reconstructed: one row per image of `batch`.
 
     `reconstruction` and `batch`: images in [0, 1], or anything that holds them as
     `.images`. Columns: `image` (index in the batch), `matched` (index of the
-    reconstruction assigned to it), `psnr`, `ssim`, `lpips` and, if a model is given,
-    `feature_mse`. One assignment serves all metrics (see `match`). Images too small for
-    `ssim` (under 6×6) or `lpips` (under 31×31) get NaN there, with one warning. Raises
-    BatchSizeError for different numbers of images, DataError for unusable ones.
+    reconstruction assigned to it), `psnr`, `ssim`, `ssim_padded`, `lpips`; with a
+    `pool`, the images of which the batch is a part, `identified` and `candidates` (the
+    pool's size: by chance 1 in so many is identified); with a model, `feature_mse`. One
+    assignment serves all metrics (see `match`). Images too small for `ssim` (under
+    11×11), `lpips` or `identified` (under 31×31) get NaN there, with one warning.
+    Raises BatchSizeError for different numbers of images, DataError for unusable ones
+    or a pool without those of the batch.
     """
     images, truth = _checked(reconstruction, "reconstruction"), _checked(batch, "batch")
     if len(images) != len(truth):
@@ -44,19 +49,26 @@ def evaluate(reconstruction: Any, batch: Any, model: nn.Module | None = None) ->
         shapes = f"{tuple(images.shape[1:])} for private ones of shape {tuple(truth.shape[1:])}"
         raise DataError(f"Reconstructed images of shape {shapes}. Expected the same.")
     matched = match(images, truth)
-    columns = {"matched": matched, **_measured(images[matched], truth)}
+    images = images[matched]
+    metrics = {"psnr": psnr, "ssim": ssim, "ssim_padded": ssim_padded, "lpips": lpips}
+    if pool is not None:
+        pool = _checked(pool, "pool")
+        metrics["identified"] = partial(identified, pool=pool)
+        metrics["candidates"] = lambda images, truth: torch.full((len(truth),), len(pool))
+    columns = {"matched": matched, **_measured(metrics, images, truth)}
     if model is not None:
-        columns["feature_mse"] = feature_mse(model, images[matched], truth)
+        columns["feature_mse"] = feature_mse(model, images, truth)
     table = {"image": range(len(truth))} | {name: each.numpy() for name, each in columns.items()}
     return pd.DataFrame(table)
 
 
-def _measured(images: Images, truth: Images) -> dict[str, PerImage]:
+def _measured(
+    metrics: Mapping[str, Callable], images: Images, truth: Images
+) -> dict[str, PerImage]:
     side = min(truth.shape[-2:])
-    unknown = [name for name, smallest in _SMALLEST.items() if side < smallest]
+    unknown = [name for name in metrics if side < _SMALLEST.get(name, 0)]
     if unknown:
         warnings.warn(f"Too small, {side} pixels, for {' and '.join(unknown)}: NaN.", stacklevel=3)
-    metrics = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
     nothing = torch.full((len(truth),), torch.nan)
     return {
         name: nothing if name in unknown else metric(images, truth)
@@ -109,15 +121,30 @@ def psnr(images: Images, truth: Images) -> PerImage:
 
 def ssim(images: Images, truth: Images) -> PerImage:
     """Structural similarity per image (Wang et al. 2004: 11×11 Gaussian window, σ 1.5),
-    data range 1; 1 for identical images. DataError under 6×6 pixels.
+    data range 1; 1 for identical images.
+
+    The mean over the places where the whole window is inside the image, as its authors
+    take it. DataError under 11×11 pixels.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
 
     _require_size("ssim", images)
     # in float32 flat areas lose three digits
     images, truth = _prepared(images).double(), _prepared(truth).double()
-    found = structural_similarity_index_measure(images, truth, data_range=1.0, reduction="none")
-    return torch.as_tensor(found).reshape(-1).float()
+    _, places = structural_similarity_index_measure(
+        images, truth, data_range=1.0, reduction="none", return_full_image=True
+    )
+    # which border counts in its own mean depends on torchmetrics' version
+    return places[..., 5:-5, 5:-5].mean((1, 2, 3)).float()
+
+
+def ssim_padded(images: Images, truth: Images) -> PerImage:
+    """`ssim` as the public code of GIAS and GI-PIP takes it: the image with zeros around
+    it, the mean over all its pixels.
+
+    The border, where both images are mostly zeros, makes it higher.
+    """
+    return ssim(pad(_prepared(images), [5] * 4), pad(_prepared(truth), [5] * 4))
 
 
 @torch.no_grad()
@@ -134,6 +161,44 @@ def lpips(images: Images, truth: Images) -> PerImage:
     return torch.cat([network(*pair, normalize=True).reshape(-1) for pair in pairs])
 
 
+@torch.no_grad()
+def pairwise_lpips(
+    images: Images, others: Float[Tensor, "others 3 height width"]
+) -> Float[Tensor, "batch others"]:
+    """LPIPS distance, as `lpips`, of each of the images to each of the others.
+
+    What the network makes of the `others` is kept, for up to a thousand of 64×64
+    pixels, so that the next images are measured against them quickly.
+    """
+    _require_size("lpips", images)
+    features = _lpips_features(_prepared(images))
+    distances = []
+    for part in _prepared(others).split(max(1, 2**18 // images[0, 0].numel())):
+        kept = _kept_features(part.numpy().tobytes(), part.shape)
+        exact = torch.cdist(features, kept, compute_mode="donot_use_mm_for_euclid_dist")
+        distances.append(exact.square())
+    return torch.cat(distances, dim=1)
+
+
+def identified(images: Images, truth: Images, pool: Float[Tensor, "pool 3 _ _"]) -> PerImage:
+    """1 for each image whose nearest of the pool, by LPIPS, is its `truth`; else 0.
+
+    Whether someone who has the pool could tell of whom it is. A copy of the truth in
+    the pool counts as it. DataError for a pool without the truth, or under 31×31 pixels.
+    """
+    pool, truth = _prepared(pool), _prepared(truth)
+    fits = pool.shape[1:] == truth.shape[1:]
+    if not fits or not all(_equal(pool, image).any() for image in truth):
+        expected = "Expected all images among which the batch's are to be told"
+        raise DataError(f"The pool does not hold the batch's images. {expected}.")
+    nearest = pairwise_lpips(images, pool).argmin(dim=1)
+    return _equal(pool[nearest], truth).float()
+
+
+def _equal(images: Images, others: Float[Tensor, "*any 3 height width"]) -> Bool[Tensor, "batch"]:
+    return (images == others).flatten(1).all(dim=1)
+
+
 def _require_size(metric: str, images: Images) -> None:
     if min(images.shape[-2:]) < _SMALLEST[metric]:
         found = "×".join(map(str, images.shape[-2:]))
@@ -141,8 +206,26 @@ def _require_size(metric: str, images: Images) -> None:
         raise DataError(f"{metric} needs images {needed}. Enlarge them, or use psnr.")
 
 
+@lru_cache(maxsize=16)
+def _kept_features(images: bytes, shape: torch.Size) -> Float[Tensor, "batch features"]:
+    return _lpips_features(torch.frombuffer(bytearray(images), dtype=torch.float32).view(shape))
+
+
+def _lpips_features(images: Images) -> Float[Tensor, "batch features"]:
+    """A vector for each image; LPIPS is the squared distance of two."""
+    from lpips import normalize_tensor
+
+    network = _lpips_network()
+    parts = []
+    layers = network.net(network.scaling_layer(2 * images - 1))
+    for values, head in zip(layers, network.lins, strict=True):
+        weights = head.model[-1].weight / values[0, 0].numel()
+        parts.append((normalize_tensor(values) * weights.sqrt()).flatten(1))
+    return torch.cat(parts, dim=1)
+
+
 @cache
-def _lpips_network() -> nn.Module:
+def _lpips_network() -> Any:
     """The official network: linear heads from the package `lpips`, AlexNet from gipip's
     data; nothing is downloaded.
     """

@@ -14,9 +14,12 @@ A *condition* is what weights are tuned for (`Scenario.condition`).
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+import pandas
+
 from gipip.attacks.base import Attack
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.attacks.shares import gradient_shares
 from gipip.evaluation.published import published_psnr
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
 from gipip.experiments.claims import Comparison, compare
@@ -129,6 +132,24 @@ def compare_losses(
         effect = paired_difference(*losses, groups=wide.index.get_level_values("batch"))
         found.append(Comparison(about, compared, metric, len(wide), effect))
     return found
+
+
+def released_shares(
+    prior: AnomalyScore, iterations: int, sizes: Sequence[int] = (1, 4, 8), **about
+) -> pandas.DataFrame:
+    """How hard each term of released GI-PIP pulls, compared with gradient matching, over an attack
+    on the first unit of each batch size: see `gradient_shares`. `about`: the scenario's fields.
+    """
+    tables = []
+    for size in sizes:
+        [scenario] = units(1, batch_size=size, **about)
+        model = scenario.client_model()
+        attack = GIPIP.as_released("cifar10", size, iterations=iterations, prior=prior)
+        table = gradient_shares(
+            attack, model, scenario.update(model), every=max(1, iterations // 50)
+        )
+        tables.append(table.assign(batch=f"B = {size}"))
+    return pandas.concat(tables, ignore_index=True)
 
 
 def compare_with_paper(results: Results, compared: str, arm: str) -> Comparison:

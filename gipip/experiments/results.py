@@ -11,6 +11,8 @@ from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from gipip.experiments.store import Result
 
+_METRICS = ("psnr", "ssim", "ssim_padded", "lpips", "identified")
+
 
 class Results(Sequence):
     """The results of a sweep, in the order of its runs."""
@@ -50,16 +52,22 @@ class Results(Sequence):
             raise DataError(f"There are no results to make a table of. {advice}")
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
-    def table(self, metrics: Sequence[str] = ("psnr", "ssim", "lpips")) -> pandas.DataFrame:
+    def table(self, metrics: Sequence[str] = _METRICS) -> pandas.DataFrame:
         """A row for each model, batch size, arm and set of assumptions: means with 95 % bootstrap
         intervals over batches.
+
+        Without those of the metrics that were not measured on every image of the row. Beside
+        `identified`, a share, stand the `candidates`: by chance it is 1 in so many.
         """
         rows = []
         for (model, epochs, size, arm, *about), part in self.frame().groupby(_KEYS, sort=False):
             row = {"model": f"{model}@{epochs}" if epochs else model, "batch size": size}
             row |= {"attack": arm, "images": len(part)}
             for name in metrics:
-                row[name] = f"{bootstrap_interval(part[name], groups=part['batch']):.3f}"
+                if name in part and part[name].notna().all():
+                    row[name] = f"{bootstrap_interval(part[name], groups=part['batch']):.3f}"
+            if "identified" in row:
+                row["candidates"] = int(part["candidates"].max())
             rows.append(row | dict(zip(_ASSUMPTIONS, about, strict=True)))
         return pandas.DataFrame(rows)
 

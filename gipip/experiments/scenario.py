@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from gipip.attacks.base import Attack
 from gipip.data.datasets import Dataset, LabeledImages, load_dataset
-from gipip.experiments.version import code_version, own_version
+from gipip.experiments.version import code_version
 from gipip.federation.client import Client, FedAvg, SharedUpdate
 from gipip.federation.defenses import AnyDefense
 from gipip.federation.models import ClientModel, build_model, load_model, model_fingerprint
@@ -51,6 +51,16 @@ class Scenario(BaseModel):
         return draw(
             batch_size=self.batch_size, seed=self.seed, distinct_labels=self.distinct_labels
         )
+
+    def candidates(self) -> LabeledImages:
+        """The images among which a reconstruction should find its own: all of the batch's pool.
+
+        Of a pool of more than 1,000 that many, each class in proportion, and the batch.
+        """
+        pool = getattr(_dataset(self.dataset, self.classes), f"{self.pool}_pool")
+        rows, own = pool.shuffled("candidates"), set(self.batch().indices.tolist())
+        others = [row for row in rows[1000:] if int(pool.indices[row]) in own]
+        return pool[rows[:1000] + others]
 
     def client_model(self) -> ClientModel:
         """The client's model, the same for the same seed or number of epochs."""
@@ -113,12 +123,11 @@ class Run:
 
     def key(self, code: str | None = None) -> str:
         """Hash of the configuration, the private images, the client's weights, the prior (which the
-        attack names) and the version of the `code` that computes (see `code_version`, and
-        `own_version` of an attack that is not gipip's).
+        attack names) and the version of the `code` that computes, by default the present one's.
         """
         model, batch = _fingerprints(self.scenario)
         about = self.config() | {"model": model, "batch": batch}
-        version = code_version() + own_version(type(self.attack)) if code is None else code
+        version = code_version(type(self.attack)) if code is None else code
         return fingerprint({}, canonical_json(about) + version)[:32]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import seaborn
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -152,6 +153,16 @@ def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figur
         rows[name] = results.images[:columns]
         captions[name] = [f"{psnr:.1f} dB" for psnr in results.frame()["psnr"][:columns]]
     return image_grid(rows, captions, **options)
+
+
+def pulls(shares: pandas.DataFrame) -> Figure:
+    """How hard each term pulls over the course of an attack: a panel for each batch size of
+    `arms.released_shares`.
+    """
+    style = {"kind": "line", "height": 2.2, "facet_kws": {"sharex": False}}
+    grid = seaborn.relplot(shares, x="iteration", y="share", hue="term", col="batch", **style)
+    grid.set(yscale="log").set_titles("{col_name}").set_ylabels("pull / gradient matching's")
+    return grid.figure
 
 
 def samples(generators: Mapping[str, GenerativePrior]) -> Figure:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pandas
 import torch
+from loky.process_executor import TerminatedWorkerError
 
 from gipip.errors import OutOfTime, StoreError, SweepError
 from gipip.evaluation.metrics import evaluate
-from gipip.experiments.pool import outcomes
+from gipip.experiments.pool import Processes
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run
 from gipip.experiments.store import Result, ResultStore, read_result
@@ -53,16 +54,15 @@ def _computed(run: Run, store: ResultStore | None, deadline: float) -> Result:
     reconstruction = run.attack(model, run.scenario.update(model), checkpoint=checkpoint)
     if reconstruction.interrupted:  # half a result must not be stored as a whole one
         raise KeyboardInterrupt
-    metrics = evaluate(reconstruction, truth, model=model).to_dict(orient="list")
-    costs = reconstruction.restart_costs
+    table = evaluate(reconstruction, truth, model=model, pool=run.scenario.candidates())
+    metrics = table.to_dict(orient="list")
     details = {
         "assumptions": reconstruction.assumptions,
         "returned": reconstruction.returned,
-        "restart_costs": [cost if cost < float("inf") else None for cost in costs],
         "notes": reconstruction.notes,
         "seconds": reconstruction.seconds,
         "engine": reconstruction.engine,
-        "made": provenance(),
+        "made": provenance() | {"code": code_version(type(run.attack))},
     }
     metrics, details = json.loads(canonical_json([metrics, details]))  # as they come from the store
     matched = metrics["matched"]
@@ -100,7 +100,6 @@ def provenance() -> dict:
     return {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "code": code_version(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -131,7 +130,7 @@ def sweep(
     `Client.get_executor()`; its workers must see the same store folder. By default processes on
     this machine, `workers` of them (two, or the number of cores if that is less), each with one
     thread; one that dies is replaced, and its run tried again. Each result is stored as soon as it
-    is there. A script must call this under `if __name__ == "__main__":`, as workers import it.
+    is there.
 
     A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused
     before anything is computed. A run that fails does not stop the others; at the end SweepError
@@ -143,13 +142,16 @@ def sweep(
     if not all(isinstance(run, Run) for run in runs) or (workers is not None and workers < 1):
         raise SweepError("A sweep takes gipip.Run objects and a positive number of workers.")
     store = store if isinstance(store, ResultStore) else ResultStore(store)
-    stored = {run.key(): store.load(run) for run in progress(runs, description="reading results")}
-    missing = list({run.key(): run for run in runs if stored[run.key()] is None}.values())
-    missing.sort(key=_work_of, reverse=True)  # so that no worker idles at the end
+    found = [store.load(run) for run in progress(runs, description="reading results")]
+    left = {run.key(): run for run, result in zip(runs, found, strict=True) if result is None}
     failures = []
-    if missing and time.time() < time_limit():
-        announce(f"attacks: {len(missing)} to compute")
-        failures = _failures(missing, store, executor, workers or min(2, os.cpu_count() or 1))
+    if left and time.time() < time_limit():
+        announce(f"attacks: {len(left)} to compute")
+        longest_first = sorted(
+            left.values(), key=_work_of, reverse=True
+        )  # no worker idles at the end
+        with Processes(workers or min(2, os.cpu_count() or 1)) as here:
+            failures = _failures(longest_first, store, executor or here)
     if failures:
         kept = f"the other results are stored in {store.folder}"
         listing = "\n".join(failures)
@@ -157,18 +159,36 @@ def sweep(
     return Results(_all_of(runs, store))
 
 
-def _failures(
-    runs: list[Run], store: ResultStore, executor: Executor | None, workers: int
-) -> list[str]:
+def _failures(runs: list[Run], store: ResultStore, executor: Executor) -> list[str]:
     """Execute the runs; gives a line for each that failed."""
     work = partial(_work, store=store, deadline=time_limit())
-    finished = _submitted(executor, work, runs) if executor else outcomes(work, runs, workers)
     lines = []
-    with contextlib.closing(finished):
-        for run, future in progress(finished, total=len(runs), description="attacks", unit="run"):
-            if error := _error(future):
+    with contextlib.closing(_errors(executor, work, runs)) as errors:
+        for run, error in progress(errors, total=len(runs), description="attacks", unit="run"):
+            if error:
                 lines.append(f"- {run.arm} on {run.scenario}: {error}")
     return lines
+
+
+def _errors(
+    executor: Executor, work: Callable[[Run], str], runs: list[Run]
+) -> Generator[tuple[Run, str], None, None]:
+    """Each run with its error, or "", as they finish. One whose process died is tried once more in
+    the end, alone, as memory may be scarce.
+    """
+    futures, died = {executor.submit(work, run): run for run in runs}, []
+    try:
+        for future in as_completed(futures):
+            error = _error(future)
+            if error.startswith(TerminatedWorkerError.__name__):
+                died.append(futures[future])
+            else:
+                yield futures[future], error
+        for run in died:
+            yield run, _error(executor.submit(work, run))
+    finally:  # after Ctrl-C, what has not begun must not begin
+        for future in futures:
+            future.cancel()
 
 
 def _work_of(run: Run) -> int:
@@ -186,19 +206,6 @@ def _all_of(runs: list[Run], store: ResultStore) -> list[Result]:
         advice = "Workers must see this folder, under the same path, and have the same gipip."
         raise StoreError(f"{len(left)} results are not in {store.folder}. {advice}")
     return [result for _, result in found if result is not None]
-
-
-def _submitted(
-    executor: Executor, work: Callable[[Run], str], runs: list[Run]
-) -> Generator[tuple[Run, Future], None, None]:
-    """As `outcomes`, on workers that somebody else looks after."""
-    futures = {executor.submit(work, run): run for run in runs}
-    try:
-        for future in as_completed(futures):
-            yield futures[future], future
-    finally:  # after Ctrl-C, what has not begun must not begin
-        for future in futures:
-            future.cancel()
 
 
 def _work(run: Run, store: ResultStore, deadline: float) -> str:

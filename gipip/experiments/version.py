@@ -4,32 +4,64 @@ import ast
 import functools
 import hashlib
 import inspect
-from itertools import takewhile
+import marshal
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 
-_COMPUTE = (  # results, besides data and weights; patterns of files of the package
-    "attacks/**/*.py",
-    "federation/*.py",
-    "priors/*.py",
-    "evaluation/metrics.py",
-    "experiments/scenario.py",
-)
+_COMPUTES = re.compile(r"gipip\.(attacks|federation|priors|evaluation|experiments\.scenario)\b")
+_ALWAYS = ("gipip.evaluation.metrics", "gipip.experiments.scenario")
 
 
 @functools.cache
-def code_version() -> str:
-    """12 hex digits that change with every statement on which a result depends.
+def code_version(attack: type) -> str:
+    """12 hex digits that change with every statement on which the results of this attack depend.
 
-    Of the modules of attacks, clients, priors and metrics, without comments and docstrings. Python
-    3.11 writes the same statements down otherwise than later ones, and so computes anew.
+    Of the modules of the attack, the scenario and the metrics, and what they import of attacks,
+    clients and priors, without comments and docstrings; data and weights have fingerprints of their
+    own. Of an attack defined outside gipip also the instructions of its methods, but not of what
+    these call outside gipip. Python 3.11 writes the same statements down otherwise than later ones,
+    and so computes anew.
     """
-    package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for pattern in _COMPUTE:
-        for file in sorted(package.glob(pattern)):
-            statements = _WithoutTexts().visit(ast.parse(file.read_bytes()))
-            digest.update(f"{file.relative_to(package)}\n{ast.unparse(statements)}\n".encode())
+    digest = hashlib.sha256()
+    modules = _import_closure([*_ALWAYS, *(cls.__module__ for cls in attack.__mro__)])
+    for name in sorted(modules):
+        statements = _WithoutTexts().visit(modules[name])
+        digest.update(f"{name}\n{ast.unparse(statements)}\n".encode())
+    for name, code in _own_methods(attack):
+        digest.update(name.encode() + marshal.dumps(_placeless(code), 2))
     return digest.hexdigest()[:12]
+
+
+def _import_closure(waiting: list[str]) -> dict[str, ast.Module]:
+    """These modules and all that they import, as far as they compute.
+
+    Only what a statement names: the `__init__` of a package would import all of the package.
+    """
+    found: dict[str, ast.Module] = {}
+    while waiting:
+        name = waiting.pop()
+        if name not in found and _COMPUTES.match(name) and (file := _file(name)):
+            found[name] = ast.parse(file.read_bytes())
+            waiting += _imported(found[name])
+    return found
+
+
+def _file(module: str) -> Path | None:
+    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next(filter(Path.exists, files), None)
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """What import statements name: modules, and what may be one or something in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
 class _WithoutTexts(ast.NodeTransformer):
@@ -37,28 +69,21 @@ class _WithoutTexts(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) else node
 
 
-@functools.cache
-def own_version(attack: type) -> str:
-    """Changes with the methods of an attack that is defined outside gipip; "" for gipip's own.
-
-    Of their instructions, as a class from a notebook has no source in another process. What these
-    methods call outside gipip is not known here.
+def _own_methods(attack: type) -> Iterator[tuple[str, CodeType]]:
+    """Those that are defined outside gipip: a class from a notebook has no source in another
+    process, and a random number in its pickle.
     """
-    own = takewhile(lambda cls: not cls.__module__.startswith("gipip."), attack.__mro__)
-    instructions = []
-    for cls in own:
+    for cls in attack.__mro__:
+        if cls.__module__.startswith("gipip."):
+            return
         for name, member in sorted(vars(cls).items()):
             function = inspect.unwrap(getattr(member, "__func__", getattr(member, "fget", member)))
             if inspect.isfunction(function) and function.__module__ == cls.__module__:
-                instructions.append((name, _instructions(function.__code__)))
-    return hashlib.sha256(repr(instructions).encode()).hexdigest() if instructions else ""
+                yield name, function.__code__
 
 
-def _instructions(code: CodeType) -> tuple:
-    return code.co_code, code.co_names, [_constant(value) for value in code.co_consts]
-
-
-def _constant(value: object) -> object:
-    if isinstance(value, CodeType):
-        return _instructions(value)
-    return sorted(map(repr, value)) if isinstance(value, frozenset) else value
+def _placeless(code: CodeType) -> CodeType:
+    """Without the file and the lines it stands in."""
+    inner = (_placeless(each) if isinstance(each, CodeType) else each for each in code.co_consts)
+    bare = code.replace(co_filename="", co_firstlineno=1, co_linetable=b"")
+    return bare.replace(co_consts=tuple(inner))

@@ -1,8 +1,7 @@
 """What crosses the wire: a client computes an update on its private batch and shares it."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
@@ -22,7 +21,9 @@ from gipip.federation.models import (
     check_client_model,
     count_classes,
     described,
+    entering,
     model_fingerprint,
+    prepared,
     trainable,
 )
 
@@ -84,25 +85,17 @@ def local_update(
     return tuple((parameters[name] - current[name]) / scale for name in parameters)
 
 
-Channels = Float[Tensor, "_"]  # each layer has a number of its own
-Statistics = tuple[tuple[Channels, Channels], ...]
+Statistics = tuple[tuple[Float[Tensor, "_"], Float[Tensor, "_"]], ...]  # channels of each layer
 
 
-@contextlib.contextmanager
-def batch_statistics(network: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collects mean and variance per channel of what enters each BatchNorm layer, in
-    the order of the forward pass run inside.
+def batch_statistics(network: nn.Module, inputs: Images) -> Statistics:
+    """Mean and variance per channel of what enters each BatchNorm layer, in the order of
+    the forward pass.
     """
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def collect(_layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        found.append((inputs[0].mean(dim=(0, 2, 3)), inputs[0].var(dim=(0, 2, 3), correction=0)))
-
-    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    with contextlib.ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_pre_hook(collect))
-        yield found
+    with entering(network, nn.BatchNorm2d) as seen:
+        network(inputs)
+    per_channel = (0, 2, 3)
+    return tuple((x.mean(per_channel), x.var(per_channel, correction=0)) for _, _, x in seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +129,7 @@ class SharedUpdate:
         ModelError unless the model can be attacked.
         """
         check_client_model(model)
-        parameters = trainable(model)
-        needed = zip(parameters, map(described, parameters.values()), strict=True)
+        needed = [(name, described(value)) for name, value in trainable(model).items()]
         held = zip_longest(self.parameter_names, map(described, self.gradients))
         for found, expected in zip_longest(held, needed):
             if found != expected:
@@ -146,15 +138,13 @@ class SharedUpdate:
                     "architecture or of another type. Pass the model that the client trained."
                 )
         for name, gradient in zip(self.parameter_names, self.gradients, strict=True):
-            if not torch.isfinite(gradient).all():
+            if not gradient.isfinite().all():
                 raise UpdateError(
-                    f"The gradient of {name} holds NaN or infinite values; an attack needs finite "
-                    "ones. Look at the client's images, loss and defence."
+                    f"The gradient of {name} holds NaN or infinite values. Look at the loss."
                 )
         if model_fingerprint(model) != self.model_fingerprint:
             raise UpdateError(
-                "The update is from a model with other weights. Pass the very model that the "
-                "server sent to the client."
+                "The update is from other weights. Pass the very model that the server sent."
             )
 
 
@@ -187,46 +177,38 @@ class Client:
         DataError for a batch that is none, DefenseError for defences that are not in a
         list, UpdateError for other values of the options.
         """
-        _check_choice("mode", mode, "eval", "train")
-        _check_choice("labels", labels, "given", "withheld")
-        _check_choice("statistics", statistics, "shared", "withheld")
-        check_parts(batch, defenses, fedavg)
+        if mode not in ("eval", "train"):
+            raise UpdateError(f"Unknown {mode=}. Expected 'eval' or 'train'.")
+        if labels not in ("given", "withheld"):
+            raise UpdateError(f"Unknown {labels=}. Expected 'given' or 'withheld'.")
+        if statistics not in ("shared", "withheld"):
+            raise UpdateError(f"Unknown {statistics=}. Expected 'shared' or 'withheld'.")
         model = copy.deepcopy(self.model)  # train mode would move the running statistics
         model.train(mode == "train")
-        parameter = next(model.parameters())
-        images, targets = batch.images.to(parameter), batch.labels.to(parameter.device)
-        _check_labels(targets, count_classes(model, images[:2]))
-        with torch.no_grad(), batch_statistics(model) as found:
-            if statistics == "shared":
-                model(images)
-        inputs = model.normalize(images)
+        check_parts(model, batch, defenses, fedavg)
+        inputs, targets = prepared(model, batch)
+        with torch.no_grad():
+            found = batch_statistics(model.network, inputs) if statistics == "shared" else None
         gradients = local_update(model.network, trainable(model.network), inputs, targets, fedavg)
         update = SharedUpdate(
             gradients=tuple(gradient.detach() for gradient in gradients),
             parameter_names=tuple(trainable(model)),
-            batch_size=len(images),
-            image_shape=tuple(images.shape[1:]),
+            batch_size=len(inputs),
+            image_shape=tuple(inputs.shape[1:]),
             labels=targets if labels == "given" else None,
             mode=mode,
             model_fingerprint=model_fingerprint(self.model),
             fedavg=fedavg,
-            statistics=tuple(found) if statistics == "shared" else None,
+            statistics=found,
         )
         for defense in defenses:
             update = defense(update, model=self.model, batch=batch)
         return update
 
 
-def _check_choice(option: str, value: str, *choices: str) -> None:
-    if value not in choices:
-        raise UpdateError(
-            f"Unknown {option}={value!r}. Expected {' or '.join(map(repr, choices))}."
-        )
-
-
-def check_parts(batch: object, defenses: object, fedavg: object = None) -> None:
-    """Raise DataError, DefenseError or UpdateError unless a client can share an update on
-    `batch` under a list of `defenses`, after the local training `fedavg`, if any.
+def check_parts(model: ClientModel, batch: object, defenses: object, fedavg: object = None) -> None:
+    """Raise the error that fits unless a client with `model` can share an update on `batch`
+    under a list of `defenses`, after the local training `fedavg`, if any.
     """
     if not isinstance(batch, LabeledImages) or not len(batch):
         raise DataError(f"Expected a batch of gipip.LabeledImages; got {described(batch)}.")
@@ -234,20 +216,14 @@ def check_parts(batch: object, defenses: object, fedavg: object = None) -> None:
         raise DefenseError(f"Expected a list, such as defenses=[defence]; got {defenses!r}.")
     if not isinstance(fedavg, FedAvg | None):
         raise UpdateError(f"Expected gipip.FedAvg(steps=…) as fedavg; got {fedavg!r}.")
-
-
-def _is_defense(value: object) -> bool:
-    return callable(value) and not isinstance(value, type)  # a class still lacks its settings
-
-
-def _check_labels(labels: Int[Tensor, "batch"], classes: int) -> None:
-    if labels.dtype != torch.int64:
-        raise LabelError(
-            f"The labels are {labels.dtype}; expected int64 class indices: labels.long()."
-        )
-    wrong = labels[(labels < 0) | (labels >= classes)]
+    classes = count_classes(model, batch[:2])
+    wrong = batch.labels[(batch.labels < 0) | (batch.labels >= classes)]
     if len(wrong):
         raise LabelError(
             f"Label {int(wrong[0])} is out of range: the model has {classes} classes, so labels "
             f"go from 0 to {classes - 1}. Build the model with num_classes of your data."
         )
+
+
+def _is_defense(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)  # a class still lacks its settings

@@ -6,43 +6,23 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DefenseError
 from gipip.federation.client import SharedUpdate, local_update
-from gipip.federation.models import ClientModel, Images, last_linear, mixes_images, trainable
+from gipip.federation.models import ClientModel, last_linear, mixes_images, prepared, trainable
 from gipip.files import fingerprint
 
-
-@dataclass(frozen=True, eq=False)
-class Private:
-    """What only the client has: the model and the batch that it computed an update with."""
-
-    model: ClientModel | None
-    batch: LabeledImages | None
-
-    def recall(self, update: SharedUpdate) -> tuple[ClientModel, Images, Int[Tensor, "batch"]]:
-        """A copy of the model in the update's mode, the normalised images and their
-        labels. DefenseError when they are missing or not those of `update`.
-        """
-        if self.model is None or self.batch is None or len(self.batch) != update.batch_size:
-            raise DefenseError(
-                "This defence needs the model and the batch that the update was computed with: "
-                "defense(update, model=…, batch=…)."
-            )
-        update.check(self.model)
-        model = copy.deepcopy(self.model).train(update.mode == "train")
-        parameter = next(model.parameters())
-        images = self.batch.images.to(parameter)
-        return model, model.normalize(images), self.batch.labels.to(parameter.device)
+Private = tuple[ClientModel | None, LabeledImages | None]
+"""What only the client has, and may have kept: the model and the batch of its update."""
 
 
 class Defense(BaseModel):
@@ -68,7 +48,7 @@ class Defense(BaseModel):
         `model`, `batch`: what the client computed the update with. Only Soteria and
         DPSGD need them, and raise DefenseError without.
         """
-        gradients = tuple(self.defend(update, Private(model, batch)))
+        gradients = tuple(self.defend(update, (model, batch)))
         return replace(update, gradients=gradients, defenses=(*update.defenses, str(self)))
 
     @abstractmethod
@@ -155,15 +135,12 @@ class Soteria(Defense):
     pruned: float = Field(gt=0, lt=1)
 
     def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
-        model, inputs, _ = private.recall(update)
-        inputs.requires_grad_()
+        model, batch = _recall(update, private)
+        inputs = prepared(model, batch)[0].requires_grad_()
         layer, features = last_linear(model.network, inputs)
         classifier = f"network.{layer}.weight"
         if classifier not in update.parameter_names:
-            raise DefenseError(
-                f"{classifier} is frozen, so the update holds no gradient that {self} could "
-                "prune. Let the classifier train."
-            )
+            raise DefenseError(f"{classifier} is frozen. Let it train, or leave out {self}.")
         leakage = _leakage(features, inputs)
         mask = torch.ones_like(leakage)
         mask[leakage.topk(round(self.pruned * len(leakage))).indices] = 0
@@ -176,13 +153,20 @@ class Soteria(Defense):
 
 class DPSGD(Defense):
     """Differentially private SGD (Abadi et al. 2016, algorithm 1): each image's
-    gradient is clipped to an L2 norm of `max_norm`; their mean gets noise from N(0,
-    (`noise_multiplier` · `max_norm` / batch size)²) on every entry.
+    gradient is clipped to an L2 norm of `max_norm`; their sum gets noise from N(0,
+    (`noise_multiplier` · `max_norm`)²) on every entry and is divided by the batch size.
 
     It computes the gradients anew, image by image, and so comes first, and neither
     after local training nor with BatchNorm in train mode. The noise follows from `seed`
     and the gradients, for repeatable experiments: to protect anybody, draw it from a
     secret source.
+
+    `epsilon` holds for a training in which every batch is drawn by Poisson sampling
+    (each image by itself, with the same probability), the sum is divided by the
+    expected batch size, and nothing else of the images gets out: no labels, no size of
+    a batch, no BatchNorm statistics, neither shared nor in the model.
+    `gipip.train_federated` is such a training; a batch of fixed size that a client
+    shares with its labels is not.
     """
 
     kind: Literal["dpsgd"] = "dpsgd"
@@ -192,24 +176,33 @@ class DPSGD(Defense):
 
     def defend(self, update: SharedUpdate, private: Private) -> Iterable[Tensor]:
         if update.defenses:
+            raise DefenseError(f"{self} would undo {', '.join(update.defenses)}. Apply it first.")
+        if update.fedavg:
+            raise DefenseError(f"{self} clips single images' gradients. Share without fedavg.")
+        model, batch = _recall(update, private)
+        return self.noisy_mean(model, batch, len(batch), self.seed)
+
+    def noisy_mean(
+        self, model: ClientModel, batch: LabeledImages, size: int, seed: int
+    ) -> Iterable[Tensor]:
+        """(Σ of the clipped gradients of the batch's images + noise) / `size`. The batch may
+        have any size, also 0; the noise follows from `seed` and the gradients.
+
+        Raises DefenseError for a model in which images meet.
+        """
+        if mixes_images(model):
             raise DefenseError(
-                f"{self} computes the gradients anew, which would undo "
-                f"{', '.join(update.defenses)}. Apply it first."
-            )
-        model, inputs, labels = private.recall(update)
-        if update.fedavg or mixes_images(model, update.mode):
-            raise DefenseError(
-                f"{self} needs a gradient of each single image: BatchNorm on batch statistics "
-                "mixes the images, local training the steps. Share with mode='eval' and without "
-                "fedavg, from a model whose BatchNorm keeps running statistics."
+                f"{self} needs each single image's gradient, but BatchNorm mixes the images. Use "
+                "mode='eval' and running statistics, or a model such as 'convnet16-groupnorm'."
             )
         parameters = trainable(model.network)
-        total = [torch.zeros_like(gradient) for gradient in update.gradients]
-        for image, label in zip(inputs.split(1), labels.split(1), strict=True):
-            clipped = _clipped(local_update(model.network, parameters, image, label), self.max_norm)
+        total = [torch.zeros_like(parameter) for parameter in parameters.values()]
+        for row in range(len(batch)):
+            image = prepared(model, batch[[row]])
+            clipped = _clipped(local_update(model.network, parameters, *image), self.max_norm)
             total = [so_far + gradient for so_far, gradient in zip(total, clipped, strict=True)]
-        mean = [gradient / len(inputs) for gradient in total]
-        return _with_noise(mean, self.noise_multiplier * self.max_norm / len(inputs), self.seed)
+        mean = [gradient / size for gradient in total]
+        return _with_noise(mean, self.noise_multiplier * self.max_norm / size, seed)
 
     def epsilon(self, *, steps: int, sample_rate: float, delta: float = 1e-5) -> float:
         """ε of the (ε, δ)-differential privacy of `steps` updates, of batches that hold
@@ -244,6 +237,19 @@ AnyDefense = Annotated[
 """For fields of other pydantic models: any defence, told apart by `kind`, to JSON and back."""
 
 
+def _recall(update: SharedUpdate, private: Private) -> tuple[ClientModel, LabeledImages]:
+    """A copy of the model in the update's mode, and the batch: those that the client computed
+    the update with. DefenseError when they are missing or others.
+    """
+    model, batch = private
+    if model is None or batch is None or len(batch) != update.batch_size:
+        raise DefenseError(
+            "Pass the model and batch that the update is of: defense(update, model=…, batch=…)."
+        )
+    update.check(model)
+    return copy.deepcopy(model).train(update.mode == "train"), batch
+
+
 def _with_noise(gradients: Sequence[Tensor], std: float, seed: int) -> Iterator[Tensor]:
     """The gradients plus noise from N(0, std²), drawn in float32 on the CPU, from a
     generator of their own.
@@ -261,7 +267,7 @@ def _clipped(gradients: Sequence[Tensor], max_norm: float) -> Iterator[Tensor]:
 
 
 def _leakage(
-    features: Float[Tensor, "batch features"], inputs: Images
+    features: Float[Tensor, "batch features"], inputs: Tensor
 ) -> Float[Tensor, "features"]:
     """Σ over the images of |rᵢ| / ‖∂rᵢ/∂x‖₂ for each of the features r of the inputs x."""
     norms = []

@@ -5,20 +5,21 @@ layer normalises them. Attacks use the two parts apart, because their variable l
 normalised space.
 """
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD
+from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
 from gipip.data.download import cache_folder
 from gipip.errors import ModelError
 from gipip.files import DATA, fingerprint, read_tensors
@@ -72,6 +73,14 @@ def client_model(network: nn.Module, mean: Sequence[float], std: Sequence[float]
     return ClientModel(Normalize(mean, std), network)
 
 
+def prepared(model: ClientModel, batch: LabeledImages) -> tuple[Images, Int[Tensor, "batch"]]:
+    """What the network is trained on: the batch's images, normalised, in the type and on
+    the device of the model, and the labels there.
+    """
+    parameter = next(model.parameters())
+    return model.normalize(batch.images.to(parameter)), batch.labels.to(parameter.device)
+
+
 def build_model(
     name: str,
     num_classes: int = 10,
@@ -84,8 +93,10 @@ def build_model(
     """An untrained client model in eval mode; the same seed gives the same weights and
     leaves the global generator alone.
 
-    `name`: "resnet18", "convnet", "convnet16" (half as wide) or "lenet". Raises
-    ModelError for any other, for less than one class and for a seed of 2⁶³ or more.
+    `name`: "resnet18", "convnet", "convnet16" (half as wide), "convnet16-groupnorm"
+    (that with GroupNorm for BatchNorm, so that nothing of the images stays in the
+    model, as differential privacy needs it) or "lenet". Raises ModelError for any
+    other, for less than one class and for a seed of 2⁶³ or more.
     """
     if num_classes < 1 or abs(seed) >= 2**63:
         raise ModelError(
@@ -114,14 +125,15 @@ def _resnet18(num_classes: int, image_size: int) -> nn.Module:
     return network
 
 
-def _convnet(num_classes: int, image_size: int, *, width: int = 32) -> nn.Module:
-    """Six 3×3 convolutions with BatchNorm and ReLU (32-64-64, pool, 128-128-128, pool
-    for width 32) and a linear layer.
+def _convnet(num_classes: int, image_size: int, width: int = 32, groups: int = 0) -> nn.Module:
+    """Six 3×3 convolutions with BatchNorm, or GroupNorm of so many `groups`, and ReLU
+    (32-64-64, pool, 128-128-128, pool for width 32) and a linear layer.
     """
     widths = [3, width, *[2 * width] * 2, *[4 * width] * 3]
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        norm = nn.GroupNorm(groups, outputs) if groups else nn.BatchNorm2d(outputs)
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), norm, nn.ReLU()]
         if index in (2, 5):
             layers.append(nn.MaxPool2d(3))
     features = 4 * width * (image_size // 9) ** 2
@@ -146,6 +158,7 @@ _NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet18": _resnet18,
     "convnet": _convnet,
     "convnet16": partial(_convnet, width=16),
+    "convnet16-groupnorm": partial(_convnet, width=16, groups=8),
     "lenet": _lenet,
 }
 
@@ -177,9 +190,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters a client trains, and so shares gradients of, by name; frozen ones
     (requires_grad=False) are left out.
     """
-    return {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -187,13 +198,13 @@ def model_fingerprint(model: nn.Module) -> str:
     return fingerprint(model.state_dict())
 
 
-def mixes_images(network: nn.Module, mode: Mode) -> bool:
+def mixes_images(network: nn.Module) -> bool:
     """Whether the images of a batch meet in the network, so that its gradient is not the
     mean of its images' gradients: in BatchNorm in train mode, and in either mode where it
     keeps no running statistics (track_running_stats=False).
     """
     layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    return any(mode == "train" or layer.running_mean is None for layer in layers)
+    return any(layer.training or layer.running_mean is None for layer in layers)
 
 
 def check_client_model(model: nn.Module) -> None:
@@ -202,8 +213,7 @@ def check_client_model(model: nn.Module) -> None:
     """
     if not isinstance(model, ClientModel):
         raise ModelError(
-            f"The model ({type(model).__name__}) has no normalisation layer that gipip knows. "
-            "Wrap your network: gipip.client_model(network, mean=(…), std=(…))."
+            f"{described(model)} has no normalisation layer. Use gipip.client_model(network, …)."
         )
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise ModelError("The model's lazy layers have no weights yet. Run it once: model(images).")
@@ -212,26 +222,27 @@ def check_client_model(model: nn.Module) -> None:
     types = {parameter.dtype for parameter in model.parameters()}
     if types not in ({torch.float32}, {torch.float64}):
         raise ModelError(
-            f"The model's weights are {', '.join(map(str, types))}; expected all float32 or all "
-            "float64. Convert it: model.float()."
+            f"The weights are {', '.join(map(str, types))}; expected all float32 or all float64. "
+            "Convert them: model.float()."
         )
 
 
 @torch.enable_grad()
-def count_classes(model: ClientModel, images: Images) -> int:
+def count_classes(model: ClientModel, batch: LabeledImages) -> int:
     """How many classes the model tells apart: the width of the logits that a copy of it
-    gives `images`.
+    gives the batch.
 
     Raises ModelError when it cannot take the images, when what it gives are no logits,
     or when these do not depend on a trainable parameter.
     """
-    probe = copy.deepcopy(model)
+    check_client_model(model)
     try:
-        logits = probe.network(probe.normalize(images))
+        logits = copy.deepcopy(model.network)(prepared(model, batch)[0])
     except Exception as error:  # the network may be anybody's code
+        shape = tuple(batch.pixels.shape)
         raise ModelError(
-            f"The model cannot take a batch of shape {tuple(images.shape)} ({error}). Build it "
-            f"for images of this size: build_model(…, image_size={images.shape[-1]})."
+            f"The model cannot take a batch of shape {shape} ({error}). Build it for images of "
+            f"this size: build_model(…, image_size={shape[-1]})."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.requires_grad:
         raise ModelError(
@@ -248,27 +259,38 @@ def described(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
+Entered = list[tuple[str, nn.Module, Tensor]]
+
+
+@contextlib.contextmanager
+def entering(network: nn.Module, kind: type[nn.Module]) -> Iterator[Entered]:
+    """Collects the name of each layer of a kind, the layer and what enters it, in the order
+    of the forward pass run inside.
+    """
+    seen: Entered = []
+
+    def keep(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        seen.append((name, layer, inputs[0]))
+
+    with contextlib.ExitStack() as hooks:
+        for name, layer in network.named_modules():
+            if isinstance(layer, kind):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
+        yield seen
+
+
 def last_linear(network: nn.Module, inputs: Images) -> tuple[str, Float[Tensor, "batch features"]]:
     """Name of the linear layer whose output the logits are, and the features that enter
-    it, found by running a copy of the network on `inputs`.
+    it, found by running the network on `inputs`.
 
     Raises ModelError when the logits come from something else.
     """
-    network = copy.deepcopy(network)
-    entered: dict[nn.Module, Tensor] = {}
-    left: dict[nn.Module, Tensor] = {}
-
-    def keep(layer: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-        entered[layer], left[layer] = arguments[0], output.clone()  # ReLU may work in place
-
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            layer.register_forward_hook(keep)
-    logits = network(inputs)
-    for name, layer in network.named_modules():
-        if layer in left and torch.equal(left[layer], logits):
-            return name, entered[layer]
+    with entering(network, nn.Linear) as seen:
+        logits = network(inputs)
+    for name, layer, features in seen:
+        if torch.equal(layer(features), logits):
+            return name, features
     raise ModelError(
-        "The model's logits do not come straight from a linear layer, from whose gradient labels "
-        "are inferred. Share the labels: Client.share(batch, labels='given')."
+        "The model's logits do not come straight from a linear layer. To need none for the "
+        "labels, share them: labels='given'."
     )

@@ -231,7 +231,7 @@ _PLAIN = (
 
 
 def _check_chunks(chunk_size: int, model: ClientModel, update: SharedUpdate) -> None:
-    if chunk_size < 1 or update.fedavg or mixes_images(model.network, update.mode):
+    if chunk_size < 1 or update.fedavg or mixes_images(model.network):
         raise EngineError(
             f"The gradient cannot be taken in chunks of {chunk_size}: that needs a number above 0, "
             "one gradient rather than local training, and BatchNorm in eval mode with running "
