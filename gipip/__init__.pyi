@@ -1,6 +1,8 @@
 from .attacks.base import ATTACKS as ATTACKS
 from .attacks.base import Attack as Attack
 from .attacks.dlg import DLG as DLG
+from .attacks.features import RecoveredFeatures as RecoveredFeatures
+from .attacks.features import recover_features as recover_features
 from .attacks.gias import GIAS as GIAS
 from .attacks.gias import LatentSearch as LatentSearch
 from .attacks.gipip import GIPIP as GIPIP

@@ -1,0 +1,381 @@
+"""What the last layer's gradient gives away: the features of each single image.
+
+Let H (B × D) be what enters the last linear layer, W its weights, b its bias, and
+E = softmax(HWᵀ + b) − Y, with the one-hot labels Y. The layer's gradient is G_W = EᵀH/B and
+G_b = Eᵀ1/B. With the singular value decomposition G_W = UΣVᵀ of rank B the features are H = MΣVᵀ,
+with a B × B matrix M: B² unknowns for the B × C equations EᵀM/B = U.
+
+Single images were read off such gradients by Geiping et al. (2020, proposition 3.1), batches by the
+Cocktail Party Attack (Kariyappa et al., ICML 2023: independent components) and SPEAR (Dimitrov et
+al., NeurIPS 2024: zeros of ReLU); here the softmax is used as well, and says what is right.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int
+from numpy import ndarray
+from scipy.optimize import least_squares
+from scipy.special import softmax
+from torch import Tensor, nn
+
+from gipip.attacks.labels import infer_labels
+from gipip.errors import UpdateError
+from gipip.federation.client import SharedUpdate
+from gipip.federation.models import ClientModel, last_linear
+
+ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
+_FLOAT32 = 1e-7
+_PRECISE = 0.05  # the relative error up to which an image's features count as recovered
+_ITERATIONS = 60
+_SUBSETS = 2000
+_COMPLETIONS = 10
+_LARGEST_JACOBIAN = 5_000_000  # entries
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveredFeatures:
+    """The features of each image of a batch, in the order of `labels`.
+
+    `features`: what entered the last linear layer, `logits`: what left it. `residual`: by how much
+    the gradient that these features would have caused differs from the shared one, relative to it.
+    `errors`: the relative error of each image's features to expect from the residual and from
+    float32's rounding; large where an image adds next to nothing to the gradient, as one that a
+    trained client is sure of. `status`: "exact" when the residual is no more than rounding and each
+    image is told apart from the others (errors of at most 5 %), else "approximate".
+    """
+
+    features: Float64[Tensor, "batch features"]
+    logits: Float64[Tensor, "batch classes"]
+    labels: Int[Tensor, "batch"]
+    residual: float
+    errors: Float64[Tensor, "batch"]
+    status: Literal["exact", "approximate"]
+
+
+@torch.no_grad()
+def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
+    """The features of every image behind `update`, from the gradient of the last linear layer.
+
+    First by a fixed-point iteration from uniform predictions, then by Levenberg–Marquardt from
+    several starts. The gradient's scale is taken as unknown, so clipping does no harm. Missing
+    labels are inferred. Noise, missing entries and local steps leave an approximation.
+
+    Raises UpdateError when nothing can be recovered: as many images as classes or more, or a last
+    layer that is frozen or shares only zeros; ModelError when the last layer is not linear.
+    """
+    update.check(model)
+    weight, bias, gradient, bias_gradient = _last_layer(model, update)
+    if update.batch_size >= len(weight):
+        raise UpdateError(
+            f"The features of {update.batch_size} images cannot be told apart by {len(weight)} "
+            "classes: the last layer's gradient has too low a rank. Expected fewer images than "
+            "classes."
+        )
+    labels = infer_labels(model, update) if update.labels is None else update.labels
+    span = _Span(weight, bias, gradient, bias_gradient, labels.cpu().numpy())
+    with np.errstate(all="ignore"):  # a start may lead nowhere
+        return span.solved(labels_known=update.labels is not None)
+
+
+def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]:
+    """Weights, bias, and the gradients of both, in float64; zeros for a bias that is not there."""
+    model = copy.deepcopy(model).train(update.mode == "train")
+    probe = torch.rand(4, *update.image_shape, generator=torch.Generator().manual_seed(0))
+    name, _ = last_linear(model, probe.to(next(model.parameters())))
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    gradients = dict(zip(update.parameter_names, update.gradients, strict=True))
+    gradient = gradients.get(f"{name}.weight")
+    if gradient is None or not gradient.any():
+        raise UpdateError(
+            f"The update holds no gradient of {name}.weight, from which features are recovered: "
+            "the layer is frozen, withheld or pruned. Another attack may do without it."
+        )
+    missing = torch.zeros(len(gradient))
+    bias = missing if layer.bias is None else layer.bias
+    tensors = (layer.weight, bias, gradient, gradients.get(f"{name}.bias", missing))
+    return tuple(tensor.detach().cpu().double().numpy() for tensor in tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """The equations t·ẼᵀM = U and t·Ẽᵀ1 = g̃ for the B × B matrix M and the update's scale t.
+
+    Rows (classes) are divided by their rounding error, so that all equations are equally precise: Ẽ
+    = E / (B·scale), UΣVᵀ = G_W / scale. The rounding of a class's row is relative to its own norm,
+    but for a label's at least to that of p − 1 = O(1).
+    """
+
+    weight: ndarray
+    bias: ndarray
+    gradient: ndarray
+    bias_gradient: ndarray
+    labels: ndarray
+    any_scale: bool = False
+
+    @cached_property
+    def biased(self) -> bool:
+        """Whether the gradient of a bias is there."""
+        return bool(self.bias_gradient.any())
+
+    @cached_property
+    def scale(self) -> ndarray:
+        rows = np.linalg.norm(self.gradient, axis=1)
+        feature_norm = rows.max() * len(self.labels)
+        if self.biased:
+            feature_norm = np.linalg.norm(self.gradient) / np.linalg.norm(self.bias_gradient)
+        is_label = np.isin(np.arange(len(rows)), self.labels)
+        scale = rows + is_label * feature_norm / len(self.labels)
+        scale = np.maximum(scale, 1e-9 * scale.max())
+        return scale * np.linalg.norm(rows / scale)
+
+    @cached_property
+    def factors(self) -> tuple[ndarray, ndarray, ndarray]:
+        """U (classes × B), the diagonal of Σ, and ΣVᵀ (B × features)."""
+        scaled = self.gradient / self.scale[:, None]
+        left, values, right = np.linalg.svd(scaled, full_matrices=False)
+        size = len(self.labels)
+        values = np.maximum(values[:size], 1e-300)
+        return left[:, :size], values, values[:, None] * right[:size]
+
+    @cached_property
+    def logits_span(self) -> ndarray:
+        """ΣVᵀWᵀ: the logits are M times it, plus the bias."""
+        return self.factors[2] @ self.weight.T
+
+    @cached_property
+    def scaled_bias(self) -> ndarray:
+        return self.bias_gradient / self.scale
+
+    @cached_property
+    def bias_weight(self) -> float:
+        return 1 / np.linalg.norm(self.scaled_bias) if self.biased else 0.0
+
+    def logits(self, matrix: ndarray) -> ndarray:
+        return matrix @ self.logits_span + self.bias
+
+    def wrongness(self, predictions: ndarray) -> ndarray:
+        """Ẽ, of predictions P."""
+        wrong = predictions - np.eye(len(self.bias))[self.labels]
+        return wrong / self.scale / len(self.labels)
+
+    def unpacked(self, unknowns: ndarray) -> tuple[ndarray, float]:
+        """M and t."""
+        size = len(self.labels)
+        return unknowns[:-1].reshape(size, size), np.exp(unknowns[-1])
+
+    def residuals(self, unknowns: ndarray) -> ndarray:
+        """Of both equations, the first times Σ: the gradient's, in an orthonormal basis."""
+        matrix, t = self.unpacked(unknowns)
+        wrong = t * self.wrongness(softmax(self.logits(matrix), axis=1))
+        left, values, _ = self.factors
+        weights = (wrong.T @ matrix - left) * values
+        biases = self.bias_weight * (wrong.sum(axis=0) - self.scaled_bias)
+        scale = [0.0 if self.any_scale else unknowns[-1]]
+        return np.concatenate([weights.ravel(), biases, scale])
+
+    def jacobian(self, unknowns: ndarray) -> ndarray:
+        """∂ residuals / ∂ unknowns."""
+        matrix, t = self.unpacked(unknowns)
+        size = len(matrix)
+        predictions = softmax(self.logits(matrix), axis=1)
+        wrong = t * self.wrongness(predictions)
+        centred = self.logits_span.T - (predictions @ self.logits_span.T)[:, None]
+        slopes = t * predictions[:, :, None] * centred / self.scale[:, None] / size  # ∂Ẽ_ic/∂M_ik
+        weights = np.einsum("ick,il->clik", slopes, matrix)
+        for column in range(size):
+            weights[:, column, :, column] += wrong.T
+        weights *= self.factors[1][:, None, None]
+        biases = self.bias_weight * slopes.transpose(1, 0, 2)
+        parts = (weights, biases, np.zeros(size**2))
+        of_matrix = np.concatenate([part.reshape(-1, size**2) for part in parts])
+        by_scale = (wrong.T @ matrix) * self.factors[1]
+        by_bias = self.bias_weight * wrong.sum(axis=0)
+        of_scale = np.concatenate([by_scale.ravel(), by_bias, [not self.any_scale]])
+        return np.column_stack([of_matrix, of_scale])
+
+    # Starts ---------------------------------------------------------------------------
+
+    def iterated(self) -> ndarray:
+        """The fixed point of P → M = (t·Ẽᵀ)⁺U → P, from uniform P."""
+        classes, size = len(self.bias), len(self.labels)
+        predictions, t = np.full((size, classes), 1 / classes), 1.0
+        for _ in range(_ITERATIONS):
+            wrong, before = self.wrongness(predictions), predictions
+            if self.any_scale and self.biased:
+                total = wrong.sum(axis=0)
+                t = np.clip(total @ self.scaled_bias / max(total @ total, 1e-300), 1e-9, 1e9)
+            matrix = np.linalg.lstsq(t * wrong.T, self.factors[0])[0]
+            predictions = softmax(self.logits(matrix), axis=1)
+            if not np.abs(predictions - before).max() >= 1e-13:  # or not a number
+                break
+        return np.append(matrix, np.log(t))
+
+    def class_rows(self) -> ndarray:
+        """hᵢ = G_W[yᵢ] / G_b[yᵢ]: exact for one image, near for one alone in its class."""
+        features = self.gradient[self.labels] / self.bias_gradient[self.labels][:, None]
+        return self.in_span(features)
+
+    def in_span(self, features: ndarray) -> ndarray:
+        _, values, spanning = self.factors
+        return np.append(features @ spanning.T / values**2, 0.0)
+
+    def peeled(self, any_label: bool = False) -> "tuple[_Span, ndarray]":
+        """One image after another, by the zeros that ReLU leaves among the features (as SPEAR).
+
+        Where r images are left, and r − 1 features are zero for one of them, its row of M is what
+        is orthogonal to these columns of ΣVᵀ and to all of Ẽ found so far; G_b tells its length. Of
+        many random choices of r − 1 features that one is taken whose predictions fit best.
+        """
+        generator = np.random.default_rng(0)
+        left = list(range(len(self.bias))) if any_label else self.labels.tolist()
+        found, rows, wrongs = [], [], np.zeros((0, len(self.labels)))
+        while len(found) < len(self.labels):
+            basis = np.linalg.svd(wrongs)[2][len(found) :].T
+            candidates = self.orthogonal_rows(basis, generator)
+            misfits, directions = self.misfits(candidates, np.unique(left))
+            row, label = np.unravel_index(misfits.argmin(), misfits.shape)
+            rows.append(candidates[row])
+            wrongs = np.vstack([wrongs, directions[row, label]])
+            found.append(int(np.unique(left)[label]))
+            if not any_label:
+                left.remove(found[-1])
+        labels = np.sort(found) if any_label else self.labels
+        features = np.empty((len(labels), self.gradient.shape[1]))
+        order = np.argsort(found, kind="stable")
+        features[np.argsort(labels, kind="stable")] = (np.array(rows) @ self.factors[2])[order]
+        span = replace(self, labels=labels)
+        return span, span.in_span(features)
+
+    def orthogonal_rows(self, basis: ndarray, generator: np.random.Generator) -> ndarray:
+        """Candidates for a row of M in the space of `basis`, (candidates, B)."""
+        columns = basis.T @ self.factors[2]
+        columns = columns[:, np.linalg.norm(columns, axis=0) > 0]
+        columns = columns / np.linalg.norm(columns, axis=0)
+        needed = basis.shape[1] - 1
+        chosen = generator.random((_SUBSETS, columns.shape[1])).argsort(axis=1)[:, :needed]
+        normals = np.linalg.svd(columns[:, chosen].transpose(1, 2, 0))[2][:, -1]
+        rows = normals @ basis.T
+        return rows / (rows @ (self.factors[0].T @ self.scaled_bias))[:, None]
+
+    def misfits(self, rows: ndarray, labels: ndarray) -> tuple[ndarray, ndarray]:
+        """How far each row's Ẽ, with each label, is from one of U's span whose product with the row
+        is 1 (candidates, labels); and the Ẽ in coordinates of U.
+        """
+        unit = self.scale * len(self.labels)
+        predictions = softmax(self.logits(rows), axis=1) / unit
+        of_label = predictions[:, labels]
+        squares = (predictions**2).sum(axis=1)[:, None] - of_label**2
+        squares += (1 / unit[labels] - of_label) ** 2
+        left = self.factors[0]
+        inside = (predictions @ left)[:, None] - left[labels] / unit[labels][:, None]
+        outside = np.sqrt(np.maximum(1 - (inside**2).sum(axis=2) / squares, 0))
+        products = (inside * rows[:, None]).sum(axis=2)
+        misfits = outside + (0 if self.any_scale else np.minimum(np.abs(products - 1), 1))
+        return np.nan_to_num(misfits, nan=np.inf), inside
+
+    # Solving --------------------------------------------------------------------------
+
+    def solved(self, labels_known: bool) -> RecoveredFeatures:
+        """The first solution whose residual is rounding, else that of the lowest residual."""
+        if self.missing.any():
+            completed = self.completed()
+            return completed.result(completed.iterated())
+        tried = []
+        for span, start in self.starts(labels_known):
+            tried.append(span.result(span.polished(start)))
+            if tried[-1].residual < ROUNDING:
+                break
+        return min(tried, key=lambda found: found.residual)
+
+    def starts(self, labels_known: bool) -> "Iterator[tuple[_Span, ndarray]]":
+        """The spans and starts to try: first with the scale as it is, then with any."""
+        for span in (self, replace(self, any_scale=True)):
+            yield span, span.iterated()
+            if self.biased:
+                yield span, span.class_rows()
+            if self.biased and self.small:
+                yield span.peeled()
+            if self.biased and self.small and not labels_known:
+                yield span.peeled(any_label=True)
+
+    def polished(self, unknowns: ndarray) -> ndarray:
+        """The minimum of the residuals' squares near a start, by Levenberg–Marquardt; the start
+        itself where there are too many unknowns.
+        """
+        if not self.small or not np.isfinite(self.residuals(unknowns)).all():
+            return unknowns
+        fit = least_squares(
+            self.residuals,
+            unknowns,
+            self.jacobian,
+            method="lm",
+            xtol=1e-14,
+            ftol=1e-14,
+            gtol=1e-14,
+            max_nfev=200,
+        )
+        return fit.x
+
+    @property
+    def small(self) -> bool:
+        """Whether there are few enough equations and unknowns for a Jacobian."""
+        return len(self.bias) * len(self.labels) ** 3 <= _LARGEST_JACOBIAN
+
+    @cached_property
+    def missing(self) -> ndarray:
+        """Entries of G_W that a client left out: zeros beside others in their column (a column of
+        zeros is a feature that no image has).
+        """
+        shared = self.gradient != 0
+        return ~shared & shared.any(axis=0) & shared.any(axis=1, keepdims=True)
+
+    def completed(self) -> "_Span":
+        """With what a client left out of G_W, because it was small, estimated from the rest in
+        turn with the features (expectation–maximisation).
+        """
+        span, bound = self, np.abs(self.gradient[self.gradient != 0]).min()
+        for _ in range(_COMPLETIONS):
+            matrix, _ = span.unpacked(span.iterated())
+            wrong = span.scale * span.wrongness(softmax(span.logits(matrix), axis=1))
+            estimate = np.clip(wrong.T @ matrix @ span.factors[2], -bound, bound)
+            span = replace(span, gradient=np.where(self.missing, estimate, self.gradient))
+        return span
+
+    def result(self, unknowns: ndarray) -> RecoveredFeatures:
+        matrix, _ = self.unpacked(unknowns)
+        features = matrix @ self.factors[2]
+        residual = float(np.nan_to_num(np.linalg.norm(self.residuals(unknowns)), nan=np.inf))
+        errors = np.full(len(features), np.inf)
+        if np.isfinite(residual):
+            errors = self.errors(unknowns, residual) / np.linalg.norm(features, axis=1)
+        exact = residual < ROUNDING and errors.max() < _PRECISE
+        return RecoveredFeatures(
+            features=torch.from_numpy(features),
+            logits=torch.from_numpy(self.logits(matrix)),
+            labels=torch.from_numpy(self.labels),
+            residual=residual,
+            errors=torch.from_numpy(errors),
+            status="exact" if exact else "approximate",
+        )
+
+    def errors(self, unknowns: ndarray, residual: float) -> ndarray:
+        """Standard deviation of each image's features: out of the span and, where the Jacobian is
+        small, in it.
+        """
+        matrix, _ = self.unpacked(unknowns)
+        size, features = len(matrix), self.gradient.shape[1]
+        noise = max(residual, _FLOAT32) / np.sqrt(size * len(self.bias))  # of each equation
+        outside = features * (matrix**2).sum(axis=1)
+        if not self.small:
+            return noise * np.sqrt(outside)
+        _, values, directions = np.linalg.svd(self.jacobian(unknowns), full_matrices=False)
+        variances = ((directions / values[:, None]) ** 2).sum(axis=0)[:-1].reshape(size, size)
+        inside = (variances * self.factors[1] ** 2).sum(axis=1)
+        return noise * np.sqrt(inside + outside)
