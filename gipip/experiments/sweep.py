@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -23,7 +24,7 @@ from gipip.experiments.scenario import Run
 from gipip.experiments.store import Result, ResultStore, read_result
 from gipip.experiments.version import code_version
 from gipip.files import DATA, canonical_json
-from gipip.progress import announce, progress, quiet, require_time, time_limit
+from gipip.progress import progress, quiet, require_time, time_limit
 
 
 def execute(run: Run, store: ResultStore | None = None, *, deadline: float | None = None) -> Result:
@@ -148,7 +149,7 @@ def sweep(
     missing.sort(key=_work_of, reverse=True)  # so that no worker idles at the end
     failures = []
     if missing and time.time() < time_limit():
-        announce(f"attacks: {len(missing)} to compute")
+        print(f"attacks: {len(missing)} to compute", file=sys.stderr)
         failures = _failures(missing, store, executor, workers or min(2, os.cpu_count() or 1))
     if failures:
         kept = f"the other results are stored in {store.folder}"

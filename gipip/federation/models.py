@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD
+from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, described
 from gipip.data.download import cache_folder
 from gipip.errors import ModelError
 from gipip.files import DATA, fingerprint, read_tensors
@@ -239,13 +239,6 @@ def count_classes(model: ClientModel, images: Images) -> int:
             "classes) that its trainable parameters differentiate. Wrap it in a module that does."
         )
     return logits.shape[1]
-
-
-def described(value: object) -> str:
-    """A tensor by its type and shape, anything else by its class: for messages."""
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
 def last_linear(network: nn.Module, inputs: Images) -> tuple[str, Float[Tensor, "batch features"]]:
