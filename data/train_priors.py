@@ -102,17 +102,22 @@ AUXILIARY |= {
     "imagenet": imagenet,
     "textures": textures,
     "imagenet64": photographs,
+    "imagenet64-seed1": photographs,
+    "imagenet64-seed2": photographs,
     "imagenet64-depth4": photographs,
 }
 VARIANTS = {f"cifar10-width{width}": {"width": width} for width in (6,)} | {
     f"cifar10-depth{depth}": {"depth": depth} for depth in (2, 4)
 }
+VARIANTS |= {f"cifar10-seed{seed}": {"seed": seed} for seed in (1, 2)}
 """Other autoencoders on the 1,900 embedded images."""
 AUXILIARY |= {name: lambda: load_dataset("cifar10").auxiliary() for name in VARIANTS}
 LONG = {"steps": 16_000, "validation_fraction": 0.02, "patience": 160}
 SETTINGS = {("autoencoder", name): settings for name, settings in VARIANTS.items()}
 SETTINGS |= {
     ("autoencoder", "imagenet64"): LONG,
+    ("autoencoder", "imagenet64-seed1"): LONG | {"seed": 1},
+    ("autoencoder", "imagenet64-seed2"): LONG | {"seed": 2},
     ("autoencoder", "imagenet64-depth4"): LONG | {"depth": 4},
 }
 SETTINGS |= {("generator", "imagenet64"): {"width": 16}}
@@ -123,6 +128,8 @@ AUTOENCODER_ONLY = (
     "imagenet",
     "textures",
     "imagenet64-depth4",
+    "imagenet64-seed1",
+    "imagenet64-seed2",
     *VARIANTS,
 )
 

@@ -16,7 +16,6 @@ from .evaluation.metrics import evaluate as evaluate
 from .evaluation.statistics import Interval as Interval
 from .evaluation.statistics import bootstrap_interval as bootstrap_interval
 from .evaluation.statistics import paired_difference as paired_difference
-from .evaluation.statistics import verdict as verdict
 from .experiments.results import Results as Results
 from .experiments.scenario import Run as Run
 from .experiments.scenario import Scenario as Scenario

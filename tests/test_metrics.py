@@ -21,7 +21,7 @@ from torchvision.transforms.functional import to_tensor
 from gipip.errors import BatchSizeError, DataError, ModelError
 from gipip.evaluation import metrics
 from gipip.evaluation.metrics import evaluate
-from gipip.evaluation.statistics import Interval, bootstrap_interval, paired_difference, verdict
+from gipip.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from gipip.files import DATA, read_tensors
 
 
@@ -407,20 +407,3 @@ def test_an_interval_reads_like_a_result():
     assert str(interval) == "+0.42 [+0.10, +0.75]"
     assert f"{interval}" == "+0.42 [+0.10, +0.75]" and f"{interval:.3f}" == "0.423 [0.100, 0.750]"
     assert str(Interval(-0.1, float("nan"), float("nan"), 1)) == "−0.10 (no interval)"
-
-
-@pytest.mark.parametrize(
-    ("interval", "expected"),
-    [
-        (Interval(0.4, 0.1, 0.7, 8), "supported"),
-        (Interval(0.4, -0.1, 0.9, 8), "undecided at this scale"),
-        (Interval(-0.4, -0.7, -0.1, 8), "not supported"),
-        (Interval(0.0, 0.0, 0.0, 8), "not supported"),
-        (Interval(0.4, 0.3, 0.5, 5), "undecided at this scale"),
-        (Interval(0.4, float("nan"), float("nan"), 1), "undecided at this scale"),
-    ],
-)
-def test_a_claim_is_supported_only_by_an_interval_above_0_of_enough_observations(
-    interval, expected
-):
-    assert verdict(interval) == expected

@@ -30,6 +30,7 @@ NEEDS = {  # the files that need an extra
     "explorer.py": "notebooks",
     "reproduce.py": "notebooks",
     "experiments/show.py": "notebooks",
+    "evaluation/statistics.py": "notebooks",
     "federation/defenses.py": "dp",
     "data/photographs.py": "imagenet",
 }

@@ -1,9 +1,10 @@
-"""How sure a comparison of attacks is: paired, batch-grouped bootstrap intervals and
-verdicts.
+"""How sure a comparison of attacks is: paired, batch-grouped bootstrap intervals, and the tests of
+the primary endpoints.
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -90,15 +91,38 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, groups: ArrayLike | None = 
     return bootstrap_interval(a - b, groups=groups)
 
 
-def verdict(
-    difference: Interval,
-) -> Literal["supported", "not supported", "undecided at this scale"]:
-    """What an interval says about the claim that the difference is greater than 0.
+def stratified_test(strata: Sequence[ArrayLike], above: float = 0.0) -> tuple[Interval, float]:
+    """The mean of the strata's means with its 95 % t interval, and the one-sided p-value that it
+    is greater than `above`.
 
-    Undecided when both signs are possible, or with fewer than six independent
-    observations: five all of one sign happen by chance with probability 2/2⁵ > 0.05
-    (two-sided sign test).
+    `strata`: for each the values of its independent observations, which may spread differently;
+    strata have equal weight. A regression on the strata with heteroscedasticity-consistent errors
+    (HC2: each stratum's own variance over its count). Without a second observation in every
+    stratum the interval's ends and the p-value are nan. Raises DataError for no strata, and for
+    values that are missing or not finite.
     """
-    if difference.count < 6 or difference.low <= 0 < difference.high:
-        return "undecided at this scale"
-    return "supported" if difference.low > 0 else "not supported"
+    from statsmodels.api import OLS  # slow to import
+
+    samples = [np.asarray(values, dtype=float) for values in strata]
+    if not samples or not all(len(sample) and np.isfinite(sample).all() for sample in samples):
+        raise DataError(f"Expected finite values in each of {len(samples)} strata; some lack them.")
+    count = sum(map(len, samples))
+    mean = float(np.mean([sample.mean() for sample in samples]))
+    if min(map(len, samples)) < 2:
+        return Interval(mean, np.nan, np.nan, count), np.nan
+    members = np.repeat(np.eye(len(samples)), list(map(len, samples)), axis=0)
+    fit = OLS(np.concatenate(samples), members).fit(cov_type="HC2", use_t=True)
+    test = fit.t_test((np.full((1, len(samples)), 1 / len(samples)), above))
+    (low, high), p = test.conf_int()[0], float(test.pvalue)
+    return Interval(mean, low, high, count), p / 2 if mean > above else 1 - p / 2
+
+
+def holm(p_values: ArrayLike) -> list[float]:
+    """p-values corrected for their number (Holm 1979): below 0.05, the chance of a single false
+    decision among all of them is at most 5 %. nan counts as 1.
+    """
+    from statsmodels.stats.multitest import multipletests  # slow to import
+
+    return multipletests(np.nan_to_num(np.asarray(p_values, float), nan=1.0), method="holm")[
+        1
+    ].tolist()

@@ -1,67 +1,89 @@
-"""What notebooks compare: arms, their runs, and the claims of the paper that they judge.
+"""What notebooks compare: arms, their runs, and the claims of the paper that they speak of.
 
-An *arm* is a named attack; a comparison gives the same private batches to all of its arms. A
-*condition* is what weights are tuned for (`Scenario.condition`).
+An *arm* is a named attack; a comparison gives the same units to all of its arms. A *unit* is one
+private batch: number i is attacked on client weights of seed i mod 3, with the prior that was
+trained with seed i mod 3, from the random start i, so that intervals hold the variance of all.
+A *condition* is what weights are tuned for (`Scenario.condition`).
 
-    scenarios = first_batches(6, model="convnet16", batch_size=4)
-    results = gipip.sweep(equal_tv(scenarios, prior, iterations=100), store="results")
-    claims = judge(results, 1, "with − without, equal λTV", "with", "without")
+    priors = three_priors("cifar10")
+    scenarios = units(6, model="convnet16", batch_size=4)
+    results = gipip.sweep(equal_tv(scenarios, priors, iterations=100), store="results")
+    comparisons = compare_arms(results, 1, "with − without, equal λTV", "with", "without")
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from gipip.attacks.base import Attack
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.evaluation.statistics import paired_difference
-from gipip.experiments.claims import Claim, compare
+from gipip.evaluation.published import published_psnr
+from gipip.evaluation.statistics import bootstrap_interval, paired_difference
+from gipip.experiments.claims import Comparison, compare
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.sweep import shipped_results
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
-from gipip.priors.autoencoder import AnomalyScore
+from gipip.priors.autoencoder import AnomalyScore, load_prior
 
-CLAIMS = (
-    "1 The anomaly score improves inversion",
-    "2 With 3.8 % auxiliary data better than GAN-based inversion with up to 100 %",
-    "3 It generalises better than GAN-based inversion",
-    "4 It is the stronger threat under defences and local training",
-    "5 Photographs of ImageNet are recovered with 16.12 dB",
-)
-"""What the paper claims, as the notebooks judge it."""
+SEEDS = 3
+"""Of clients and priors, over which units vary."""
 
 EQUAL = "GIPIP at equal TV weight"
 """The arm of data/tuned.json that adds the anomaly score (c = 0) to tuned Inverting
 Gradients and changes nothing else.
 """
 
-
-def first_batches(count: int, **about) -> list[Scenario]:
-    """Scenarios on the first `count` batches; `about`: the other fields of `Scenario`."""
-    return [Scenario(seed=seed, **about) for seed in range(count)]
+Arm = Attack | Sequence[Attack]
+"""One attack, or one for each seed of the prior: unit i gets number i mod their count."""
 
 
-def runs(scenarios: Iterable[Scenario], arms: Mapping[str, Attack]) -> list[Run]:
-    """Every arm on every scenario."""
-    return [Run(arm, scenario, attack) for scenario in scenarios for arm, attack in arms.items()]
+def units(count: int, **about) -> list[Scenario]:
+    """Scenarios on the first `count` batches; `about`: the other fields of `Scenario`. Untrained
+    clients have weights of three seeds in turn.
+    """
+    trained = about.get("epochs", 0)
+    return [
+        Scenario(seed=unit, model_seed=0 if trained else unit % SEEDS, **about)
+        for unit in range(count)
+    ]
 
 
-def with_and_without(condition: str, prior: AnomalyScore, **changes) -> dict[str, Attack]:
+def three_priors(name: str) -> list[AnomalyScore]:
+    """The shipped anomaly scores of a name, trained with three seeds, c = 0."""
+    names = [name, *(f"{name}-seed{seed}" for seed in range(1, SEEDS))]
+    return [load_prior(each).with_offset(0) for each in names]
+
+
+def runs(scenarios: Iterable[Scenario], arms: Mapping[str, Arm]) -> list[Run]:
+    """Every arm on every scenario, from the random start of the scenario's own number."""
+    todo = []
+    for scenario in scenarios:
+        for name, arm in arms.items():
+            attacks = [arm] if isinstance(arm, Attack) else arm
+            attack = attacks[scenario.seed % len(attacks)]
+            seeded = attack.model_copy(update={"seed": scenario.seed})
+            todo.append(Run(name, scenario, seeded))
+    return todo
+
+
+def with_and_without(condition: str, priors: Sequence[AnomalyScore], **changes) -> dict[str, Arm]:
     """{"without": tuned Inverting Gradients, "with": the same λ_TV and the anomaly
     score with its tuned weight, c = 0} for a condition.
 
     `changes`: settings of both attacks. Raises DataError when no weights are shipped.
     """
-    baseline = InvertingGradients.tuned(condition, **changes)
-    ours = GIPIP.tuned(condition, arm=EQUAL, prior=prior.with_offset(0), **changes)
-    return {"without": baseline, "with": ours}
+    ours = [
+        GIPIP.tuned(condition, arm=EQUAL, prior=prior.with_offset(0), **changes) for prior in priors
+    ]
+    return {"without": InvertingGradients.tuned(condition, **changes), "with": ours}
 
 
-def equal_tv(scenarios: Iterable[Scenario], prior: AnomalyScore, **changes) -> list[Run]:
+def equal_tv(scenarios: Iterable[Scenario], priors: Sequence[AnomalyScore], **changes) -> list[Run]:
     """`with_and_without` on every scenario, with the weights tuned for its condition."""
     todo = []
     for scenario in scenarios:
-        todo += runs([scenario], with_and_without(scenario.condition, prior, **changes))
+        todo += runs([scenario], with_and_without(scenario.condition, priors, **changes))
     return todo
 
 
@@ -78,29 +100,52 @@ def defended(kind: str, strength: float) -> Defense:
     return kinds[kind]()
 
 
-def judge(results: Results, claim: int, compared: str, arm: str, baseline: str) -> list[Claim]:
-    """The paper's `claim` (of CLAIMS, from 1) judged in PSNR and SSIM: one arm − another
-    in each condition of the results. Each is named by `compared` and the condition, as
-    "GIPIP − IG, convnet, B = 4".
+def compare_arms(
+    results: Results, about: int, compared: str, arm: str, baseline: str
+) -> list[Comparison]:
+    """One arm − another in each condition of the results, in PSNR and SSIM. Each comparison is
+    named by `compared` and the condition, as "GIPIP − IG, convnet, B = 4".
+
+    `about`: the number of the claim that they belong to.
     """
-    claims = []
+    found = []
     for condition in dict.fromkeys(result.run.scenario.condition for result in results):
         text = ", ".join([compared, *condition.replace("=", " = ").split("/")[1:]])
         ours, theirs = ({"condition": condition, "arm": name} for name in (arm, baseline))
-        claims += compare(results, CLAIMS[claim - 1], text, ours, theirs)
-    return claims
+        found += compare(results, about, text, ours, theirs)
+    return found
 
 
-def judge_losses(
-    results: Results, claim: int, compared: str, more: tuple[str, str], less: tuple[str, str]
-) -> list[Claim]:
-    """As `judge`, whether from the first arm of `more` to its second more is lost than
+def compare_losses(
+    results: Results, about: int, compared: str, more: tuple[str, str], less: tuple[str, str]
+) -> list[Comparison]:
+    """As `compare_arms`, how much more is lost from the first arm of `more` to its second than
     from the first arm of `less` to its second, on the same images.
     """
-    claims = []
+    found = []
     for metric in ("psnr", "ssim"):
         wide = results.frame().pivot_table(metric, ["batch", "image"], "arm")
         losses = (wide[before] - wide[after] for before, after in (more, less))
         effect = paired_difference(*losses, groups=wide.index.get_level_values("batch"))
-        claims.append(Claim(CLAIMS[claim - 1], compared, metric, len(wide), effect))
-    return claims
+        found.append(Comparison(about, compared, metric, len(wide), effect))
+    return found
+
+
+def compare_with_paper(results: Results, compared: str, arm: str) -> Comparison:
+    """PSNR of an arm − the 16.12 dB that the paper reports (claim 5)."""
+    frame = results.select(arm=arm).frame()
+    above = bootstrap_interval(frame["psnr"] - published_psnr(), groups=frame["batch"])
+    return Comparison(5, compared, "psnr", len(frame), above)
+
+
+def shipped_headline(prior: AnomalyScore, **changes) -> Results:
+    """What ships of the paper's headline: eight photographs, ResNet18, "with" and "without" the
+    anomaly score (see `with_and_without`, which takes `changes`), hours of computation.
+    """
+    pair = with_and_without("imagenet64/resnet18/B=1", [prior], **changes)
+    attacks = {"without": pair["without"], "with": pair["with"][0]}  # type: ignore[index]
+    todo = []
+    for seed in range(8):
+        scenario = Scenario(dataset="imagenet64", model="resnet18", seed=seed)
+        todo += [Run(arm, scenario, attack) for arm, attack in attacks.items()]
+    return shipped_results(todo)

@@ -1,5 +1,8 @@
-"""What the notebooks say about the paper's claims: a table a notebook, one table of
-all, and the sections of README.md and docs/claims.md that show it.
+"""What the notebooks found about the paper's claims, as tables and pages.
+
+Six *endpoints*, one a claim (endpoints.py), were fixed before they were measured: they alone get a
+verdict, corrected for their number. Every other comparison is *secondary*: it gets an interval. A
+notebook saves both as tables; `make reproduce` joins them and writes README.md and docs/claims.md.
 """
 
 import os
@@ -8,121 +11,155 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import pandas
 
 from gipip.errors import DataError
-from gipip.evaluation.statistics import Interval, verdict
+from gipip.evaluation.statistics import Interval, holm
+from gipip.experiments.endpoints import NOT_MEASURED, STUDY, Endpoint
 from gipip.experiments.results import Results
 
-_COLUMNS = {
-    **dict.fromkeys(("claim", "compared", "metric"), str),
-    **dict.fromkeys(("images", "batches"), int),
-    **dict.fromkeys(("mean", "low", "high"), float),
-    "verdict": str,
-}
-_SECTION = re.compile(
-    r"(?<=^<!-- claims: written by make reproduce -->\n).*?(?=^<!-- end of claims -->$)",
-    re.DOTALL | re.MULTILINE,
-)
-_VERDICTS = ("supported", "not supported", "undecided at this scale")
 
+class Comparison(NamedTuple):
+    """A secondary comparison: an interval, and no verdict.
 
-class Claim(NamedTuple):
-    """One comparison that judges a claim of the paper. A positive difference must speak
-    for the claim: of LPIPS, the other way round.
+    `about`: the number of the claim that it belongs to. `compared`: as "GIPIP − IG, equal λTV,
+    convnet16, B = 4".
     """
 
-    claim: str  # of the paper, as "1 The anomaly score improves inversion"
-    compared: str  # as "GIPIP − IG, equal λTV, convnet16, B = 4"
+    about: int
+    compared: str
     metric: str  # as "psnr"
     images: int
     difference: Interval  # its count is the number of independent batches
 
-    @property
-    def verdict(self) -> str:
-        """Supported, not supported, or undecided."""
-        return verdict(self.difference)
+    def row(self) -> dict:
+        """Of the comparisons' table."""
+        about = f"{self.about} {STUDY[self.about].claim}"
+        return {"claim": about, **self._asdict(), **self.difference._asdict()}
 
 
 def compare(
-    results: Results,
-    claim: str,
-    compared: str,
-    a: Mapping,
-    b: Mapping,
-    metrics: Sequence[str] = ("psnr", "ssim"),
-) -> list[Claim]:
-    """A Claim for each metric: the paired difference a − b of the results that `a` and
-    `b` select (see `Results.difference`).
+    results: Results, about: int, compared: str, a: Mapping, b: Mapping
+) -> list[Comparison]:
+    """By PSNR and by SSIM the paired difference a − b of the results that `a` and `b` select (see
+    `Results.difference`).
     """
     images = len(results.select(**a).frame())
-    return [Claim(claim, compared, m, images, results.difference(a, b, m)) for m in metrics]
+    return [
+        Comparison(about, compared, metric, images, results.difference(a, b, metric))
+        for metric in ("psnr", "ssim")
+    ]
 
 
-def save_claims(name: str, claims: Sequence[Claim], folder: Path | str) -> pandas.DataFrame:
-    """Write `folder`/`name`_claims.csv, whole or not at all, and return its table: a
-    row a claim.
+_NUMBERS = dict.fromkeys(("mean", "low", "high"), float)
+_ENDPOINTS = dict.fromkeys(("claim", "endpoint", "metric", "model", "units"), str)
+_ENDPOINTS |= {**_NUMBERS, "p": float, "obstacle": str}
+_COMPARISONS = dict.fromkeys(("claim", "compared", "metric"), str)
+_COMPARISONS |= {"images": int, "count": int, **_NUMBERS}
+_TABLES = {"endpoints": _ENDPOINTS, "comparisons": _COMPARISONS}
 
-    `name`: the notebook's, as "03_ablations". Raises ValueError for a name without a
-    number, for no claims, and for two of the same claim, comparison and metric.
+
+def save_findings(
+    notebook: str,
+    endpoints: Sequence[Endpoint],
+    comparisons: Sequence[Comparison],
+    folder: Path | str,
+) -> dict[str, pandas.DataFrame]:
+    """Write `folder`/`notebook`_endpoints.csv and …_comparisons.csv, each whole or not at all;
+    gives the tables. Raises ValueError for two comparisons of the same by the same metric.
     """
-    rows = [(*c[:4], c.difference.count, *c.difference[:3], c.verdict) for c in claims]
-    table = pandas.DataFrame(rows, columns=list(_COLUMNS))
-    if not re.match(r"\d\d_", name) or table.empty:
-        expected = "Expected claims, and a notebook's name such as '03_ablations'"
-        raise ValueError(f"{expected}; found {len(table)} claims of {name!r}.")
-    repeated = table[table.duplicated(["claim", "compared", "metric"])]
-    if len(repeated):
-        names = ", ".join(repeated["compared"] + " by " + repeated["metric"])
-        raise ValueError(f"{name!r} judges the same twice: {names}.")
-    return _write_table(Path(folder) / f"{name}_claims.csv", table)
+    tables = {}
+    for name, found in (("endpoints", endpoints), ("comparisons", comparisons)):
+        columns = list(_TABLES[name])
+        tables[name] = pandas.DataFrame([each.row() for each in found], columns=columns)
+    repeated = tables["comparisons"].duplicated(["claim", "compared", "metric"])
+    if repeated.any():
+        names = ", ".join(tables["comparisons"]["compared"][repeated])
+        raise ValueError(f"{notebook!r} compares the same twice: {names}.")
+    for name, table in tables.items():
+        _write_table(Path(folder) / f"{notebook}_{name}.csv", table)
+    return tables
 
 
-def collect_claims(folder: Path | str) -> pandas.DataFrame:
-    """All claims of `folder`, in order of claim, then notebook, written to
-    `folder`/claims.csv; without any, an empty table and no file.
+def collect_findings(folder: Path | str) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """What all notebooks found, joined as `folder`/claims.csv, a row for each claim of STUDY with
+    its verdict, and `folder`/comparisons.csv.
 
-    Raises DataError for a file that `save_claims` did not write.
+    Nothing is written when no notebook has saved anything. Raises DataError for a file that
+    `save_findings` did not write.
     """
-    tables = [_read(path) for path in sorted(Path(folder).glob("[0-9][0-9]_*claims.csv"))]
-    if not tables:
-        return pandas.DataFrame(columns=list(_COLUMNS))
-    table = pandas.concat(tables).sort_values("claim", kind="stable", ignore_index=True)
-    return _write_table(Path(folder) / "claims.csv", table)
+    endpoints, comparisons = (_read_all(Path(folder), name) for name in _TABLES)
+    judged = _judged(endpoints)
+    if len(endpoints) or len(comparisons):
+        _write_table(Path(folder) / "claims.csv", judged)
+        _write_table(Path(folder) / "comparisons.csv", comparisons)
+    return judged, comparisons
 
 
-def _read(path: Path) -> pandas.DataFrame:
+def _read_all(folder: Path, name: str) -> pandas.DataFrame:
+    tables = [pandas.DataFrame(columns=list(_TABLES[name]))]
+    tables += [_read(path, _TABLES[name]) for path in sorted(folder.glob(f"[0-9]*_{name}.csv"))]
+    joined = pandas.concat([table for table in tables if len(table)] or tables)
+    return joined.sort_values("claim", kind="stable", ignore_index=True)
+
+
+def _read(path: Path, columns: dict[str, type]) -> pandas.DataFrame:
     try:  # as text first, for numbers that are exact to the last digit
-        return pandas.read_csv(path, dtype=str)[list(_COLUMNS)].astype(_COLUMNS)
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        return table[list(columns)].astype(columns)
     except (KeyError, ValueError) as error:  # a column missing; no number, no CSV
-        expected = f"Expected the columns {', '.join(_COLUMNS)}; run its notebook."
-        raise DataError(f"{path} is no table of claims ({error}). {expected}") from error
+        expected = f"Expected the columns {', '.join(columns)}; run its notebook."
+        raise DataError(f"{path} is no table of findings ({error}). {expected}") from error
 
 
-def write_readme_section(readme: Path | str, table: pandas.DataFrame) -> bool:
-    """Write a row a claim between the two marker lines of `readme`, and every
-    comparison between those of docs/claims.md beside it.
+def _judged(endpoints: pandas.DataFrame) -> pandas.DataFrame:
+    """A row for each claim of STUDY, with p-values corrected for their number, and verdicts.
 
-    Equal tables give equal bytes. A file without such lines, or that is not there, is
-    left alone: False if it is `readme`.
+    A claim that cannot be judged counts as one whose p-value is 1.
+    """
+    claims = [f"{number} {planned.claim}" for number, planned in STUDY.items()]
+    table = endpoints.set_index("claim").reindex(claims)
+    for name in ("endpoint", "metric"):
+        table[name] = [getattr(planned, name) for planned in STUDY.values()]
+    table["obstacle"] = table["obstacle"].fillna(NOT_MEASURED)
+    decisive = table["p"].where(table["obstacle"] == "")
+    corrected = numpy.array(holm(decisive.abs()))
+    decided = numpy.where(decisive > 0, "supported", "contradicted")
+    verdicts = numpy.where(corrected < 0.05, decided, "undecided")
+    table["p, Holm"] = numpy.where(table["obstacle"] == "", corrected, numpy.nan)
+    table["verdict"] = table["obstacle"].where(table["obstacle"] != "", verdicts)
+    return table.drop(columns="obstacle").reset_index()
+
+
+def write_findings(
+    readme: Path | str, claims: pandas.DataFrame, comparisons: pandas.DataFrame
+) -> bool:
+    """Write the table of claims between the marker lines of `readme`, and every comparison between
+    those of docs/claims.md beside it: what `collect_findings` gives.
+
+    Equal tables give equal bytes. A file without such lines, or that is not there, is left alone:
+    False if it is `readme`.
     """
     readme = Path(readme)
-    counts = pandas.crosstab(table["claim"], table["verdict"])
-    counts = counts.reindex(columns=_VERDICTS, fill_value=0).reset_index()
-    whole = [f"## {claim}\n\n{_markdown(_shown(rows))}" for claim, rows in table.groupby("claim")]
-    _fill(readme.parent / "docs" / "claims.md", "\n".join(whole))
-    return _fill(readme, _markdown(counts))
+    shown = claims.assign(difference=_differences(claims)).fillna("–")
+    shown = shown[["claim", "endpoint", "metric", "model", "units", "difference", "verdict"]]
+    parts = []
+    for claim, rows in comparisons.groupby("claim"):
+        rows = rows.assign(difference=_differences(rows)).rename(columns={"count": "batches"})
+        listed = rows[["compared", "metric", "images", "batches", "difference"]]
+        parts.append(f"## {claim}\n\n{_markdown(listed)}")
+    _fill(readme.parent / "docs" / "claims.md", "\n".join(parts))
+    return _fill(readme, _markdown(shown))
 
 
-def _shown(rows: pandas.DataFrame) -> pandas.DataFrame:
-    shown = rows[["compared", "metric", "images", "batches", "verdict"]]
-    shown.insert(4, "difference", rows.apply(_difference, axis=1))
-    return shown
-
-
-def _difference(row: pandas.Series) -> str:
-    difference = Interval(row["mean"], row["low"], row["high"], row["batches"])
-    return f"{difference:+.2f} dB" if row["metric"] == "psnr" else f"{difference:+.3f}"
+def _differences(table: pandas.DataFrame) -> list[str]:
+    """Means with their intervals."""
+    texts = []
+    for metric, *values in table[["metric", *_NUMBERS]].itertuples(index=False):
+        interval = Interval(*values, 0)
+        texts.append(f"{interval:+.2f} dB" if metric == "psnr" else f"{interval:+.3f}")
+    return ["–" if text.startswith("+nan") or text.startswith("nan") else text for text in texts]
 
 
 def _markdown(table: pandas.DataFrame) -> str:
@@ -134,6 +171,12 @@ def _cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
+_SECTION = re.compile(
+    r"(?<=^<!-- claims: written by make reproduce -->\n).*?(?=^<!-- end of claims -->$)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
 def _fill(path: Path, section: str) -> bool:
     """Put a section between the marker lines of a file; False if it has none."""
     text = path.read_bytes().decode() if path.is_file() else ""
@@ -143,10 +186,9 @@ def _fill(path: Path, section: str) -> bool:
     return True
 
 
-def _write_table(path: Path, table: pandas.DataFrame) -> pandas.DataFrame:
+def _write_table(path: Path, table: pandas.DataFrame) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, table.to_csv(index=False, lineterminator="\n"))
-    return table
+    _write(path, table.to_csv(index=False, na_rep="nan", lineterminator="\n"))
 
 
 def _write(path: Path, text: str) -> None:

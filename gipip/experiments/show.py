@@ -1,11 +1,13 @@
-"""How notebooks show what they find: tables, pictures, charts, verdicts and checks.
+"""How notebooks show what they find: tables, pictures, charts, claims and checks.
 
 sweep, save = start(store, figures, workers)
-captioned(results.table())
+frame = with_references(results, mean_image("cifar10"))
+quality(frame)
 save("02_images", pictures({arm: results.select(arm=arm) for arm in ("IG", "GIPIP")}))
-save("02_effect", forest(claims, "psnr"))
-verdicts("02_inversion", claims, figures)
-found("02_inversion_claims")
+save("02_quality", dots(frame, "batch size", "psnr"))
+save("02_effect", forest(comparisons, "psnr"))
+findings("02_inversion", [endpoint], comparisons, figures)
+found("02_inversion_comparisons")
 """
 
 import itertools
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -23,14 +26,25 @@ from torch import Tensor
 from gipip.evaluation.anomalies import auroc
 from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.published import published
-from gipip.evaluation.statistics import Interval
-from gipip.experiments.claims import Claim, save_claims
+from gipip.evaluation.references import REFERENCES, at_psnr, mean_image, references
+from gipip.evaluation.statistics import Interval, bootstrap_interval
+from gipip.experiments.claims import Comparison, save_findings
+from gipip.experiments.endpoints import Endpoint, MeanImage
 from gipip.experiments.results import Results
 from gipip.experiments.sweep import sweep
-from gipip.figures import image_grid, paired_effect, published_bars, save_figure, use_style
+from gipip.federation.models import Images
+from gipip.figures import PAGE, image_grid, interval_dots, paired_effect, save_figure, use_style
 from gipip.priors.autoencoder import AnomalyScore
+from gipip.priors.gan import GenerativePrior
 
-Images = Float[Tensor, "batch 3 height width"]
+METRICS = ("psnr", "ssim", "ssim_padded", "lpips", "identified")
+ABOUT = (
+    *("iterations", "labels", "BatchNorm", "local training", "defence", "auxiliary data"),
+    "machine",
+)
+"""Columns of a frame that say how an arm was run, and what it assumes."""
+NOTHING = "–"
+"""In tables, where a column does not apply."""
 
 FIGURES = Path(__file__).parents[2] / "figures"
 """Figures and tables of the full run, in a checkout; a wheel has none."""
@@ -43,13 +57,16 @@ AXES = {
 """Labels of the paper's charts whose names alone do not say enough."""
 
 
-def start(store: Path | str, figures: Path | str, workers: int) -> tuple[Callable, Callable]:
-    """`sweep` and `save_figure` with a notebook's settings; sets the style of figures, and
-    lets tables show long texts whole.
+def start(
+    store: Path | str, figures: Path | str, workers: int, dataset: str = "cifar10"
+) -> tuple[Callable, Callable, MeanImage]:
+    """`sweep` and `save_figure` with a notebook's settings, and the mean image of the data set's
+    auxiliary images; sets the style of figures, and lets tables show long texts whole.
     """
     use_style()
     pandas.options.display.max_colwidth = None
-    return partial(sweep, store=store, workers=workers), partial(save_figure, folder=figures)
+    save = partial(save_figure, folder=figures)
+    return partial(sweep, store=store, workers=workers), save, mean_image(dataset)
 
 
 class Frames:
@@ -64,23 +81,64 @@ class Frames:
         self.images[iteration] = images
 
 
-def labelled(column: str, named: Mapping[Any, Results]) -> pandas.DataFrame:
-    """The frames of named results, one below the other, with the name in a `column`."""
+def labelled(column: str, named: Mapping[Any, Results], mean_image: MeanImage) -> pandas.DataFrame:
+    """The frames of named results with references, one below the other, with the name in a
+    `column`.
+    """
     frames = []
     for name, results in named.items():
-        frames.append(results.frame())
+        frames.append(with_references(results, mean_image))
         frames[-1][column] = name
     return pandas.concat(frames, ignore_index=True)
 
 
-def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """The table without those of its columns that say the same in every row: these are
-    printed above it. One of a single row stays whole.
+def with_references(results: Results, mean_image: MeanImage) -> pandas.DataFrame:
+    """The frame of results and, as further arms, what pictures reach on the same private images
+    that need no attack: see `gipip.evaluation.references`, which names them.
     """
-    same = [name for name in frame if len(frame) > 1 and frame[name].nunique(dropna=False) == 1]
+    frames = [results.frame()]
+    for result in {result.run.scenario: result for result in results}.values():
+        pool = result.run.scenario.candidates()
+        unknown = dict.fromkeys(set(ABOUT) & set(frames[0]), NOTHING)
+        for name, images in references(result.truth, mean_image).items():
+            measured = evaluate(images, result.truth, pool=pool)
+            frames.append(result.frame().assign(arm=name, **unknown, **measured))
+    return pandas.concat(frames, ignore_index=True)
+
+
+def quality(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """A row for each model, batch size, arm and set of assumptions of a frame of results: means
+    with 95 % bootstrap intervals over batches. What is the same in all rows is printed above.
+    """
+    frame = frame.assign(trained=frame["epochs"].map("{} epochs".format))
+    rows = []
+    for key, part in frame.groupby(["model", "trained", "batch_size", "arm", *ABOUT], sort=False):
+        row = dict(zip(["client", "trained", "batch size", "attack"], key[:4], strict=True))
+        row["images"] = len(part)
+        for metric in METRICS:
+            row[metric] = f"{bootstrap_interval(part[metric], groups=part['batch']):.3f}"
+        rows.append(row | dict(zip(ABOUT, key[4:], strict=True)))
+    return captioned(pandas.DataFrame(rows))
+
+
+def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """The table without those of its columns that say the same in every row that says anything:
+    these are printed above it. One of a single row stays whole.
+    """
+    said = frame.where(frame != NOTHING)
+    same = [name for name in frame if len(frame) > 1 and said[name].nunique() == 1]
     for name in same:
-        print(f"{name}: {frame[name].iloc[0]}")
+        print(f"{name}: {said[name].dropna().iloc[0]}")
     return frame.drop(columns=same)
+
+
+def dots(frame: pandas.DataFrame, x: str, metric: str, arm: str = "arm", **options) -> Figure:
+    """`interval_dots` of the arms of a frame, over column `x`; what the references among them reach
+    becomes lines. `options`: further ones of `interval_dots`.
+    """
+    is_reference = frame[arm].isin(REFERENCES)
+    levels = frame[is_reference].groupby(arm, sort=False)[metric].mean().to_dict()
+    return interval_dots(frame[~is_reference], x, metric, arm, references=levels, **options)
 
 
 def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figure:
@@ -96,37 +154,63 @@ def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figur
     return image_grid(rows, captions, **options)
 
 
-def beside_published(chart: str, named: Mapping[Any, Results], here: str) -> Figure:
+def samples(generators: Mapping[str, GenerativePrior]) -> Figure:
+    """Random images of each generator, and the kernel distance that it was chosen by."""
+    rows = {}
+    for name, generator in generators.items():
+        distance = min(generator.provenance["history"]["kernel distance"])
+        rows[f"{name}\ndistance {distance:.2f}"] = generator.sample(8)
+    return image_grid(rows)
+
+
+def decibels(image: Float[Tensor, "1 3 height width"]) -> Figure:
+    """What a PSNR looks like: the image made worse in three ways until it has 10 to 25 dB."""
+    levels, rows = (10, 13, 16, 19, 22, 25), {}
+    for kind in ("blurred", "noisy", "blocky"):
+        rows[kind] = torch.cat([at_psnr(image, level, kind) for level in levels])
+    return image_grid(rows, titles=[f"{level} dB" for level in levels], width=5)
+
+
+def beside_published(
+    chart: str, named: Mapping[Any, Results], here: str, mean_image: MeanImage
+) -> Figure:
     """One of the paper's charts of SSIM (see `published`) beside that of the arms
     "without" and "with" here, of results named by their places on its axis.
     """
-    frame = labelled(chart, named).rename(columns={"arm": "anomaly score"})
-    frame = frame[frame["anomaly score"].isin(["without", "with"])]
-    titles = ("published: ImageNet 64×64, ResNet18", f"here: {here}, equal λTV")
-    drawn = (chart, "ssim", "anomaly score")
-    label = AXES.get(chart)
-    return published_bars(frame, published(chart), *drawn, titles=titles, xlabel=label)
+    measured = labelled(chart, named, mean_image).rename(columns={"arm": "anomaly score"})
+    wanted = ["without", "with", *REFERENCES]
+    measured = measured[measured["anomaly score"].isin(wanted)]
+    bars = published(chart)
+    panels = {f"published:\n{bars.attrs['setting']}": bars, f"here:\n{here}, equal λTV": measured}
+    frame = pandas.concat(panels, names=["setting"]).reset_index("setting")
+    options = {"panel": "setting", "xlabel": AXES.get(chart), "width": PAGE}
+    return dots(frame, chart, "ssim", "anomaly score", **options)
 
 
-def forest(claims: Iterable[Claim], metric: str) -> Figure:
-    """A forest plot of the differences that judge the claims by one metric. The words
-    with which all of them begin are in the axis label.
+def forest(comparisons: Iterable[Comparison], metric: str) -> Figure:
+    """A forest plot of the comparisons by one metric. The words with which all of them begin are in
+    the axis label.
     """
-    drawn = {claim.compared: claim.difference for claim in claims if claim.metric == metric}
+    drawn = {each.compared: each.difference for each in comparisons if each.metric == metric}
     shared = os.path.commonprefix(list(drawn)).rpartition(", ")[0]
     named = {compared.removeprefix(f"{shared}, "): effect for compared, effect in drawn.items()}
     unit, decimals = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3)}[metric]
     return paired_effect(named, ": ".join(filter(None, [unit, shared])), decimals=decimals)
 
 
-def verdicts(notebook: str, claims: Sequence[Claim], figures: Path | str) -> pandas.DataFrame:
-    """The claims' table, written to `figures` (see `save_claims`)."""
-    return _rounded(save_claims(notebook, claims, figures))
+def findings(
+    notebook: str,
+    endpoints: Sequence[Endpoint],
+    comparisons: Sequence[Comparison],
+    figures: Path | str,
+) -> pandas.DataFrame:
+    """What the notebook found, written to `figures` (see `save_findings`): the comparisons."""
+    return _rounded(save_findings(notebook, endpoints, comparisons, figures)["comparisons"])
 
 
 def found(name: str) -> pandas.DataFrame | None:
     """What the full run found: the table figures/`name`.csv that ships with the
-    notebooks, such as "02_inversion_claims"; of claims the differences and verdicts.
+    notebooks, such as "02_inversion_comparisons".
 
     Where there is no such file, as in an installed package, it says so and gives None.
     """
@@ -138,9 +222,9 @@ def found(name: str) -> pandas.DataFrame | None:
 
 
 def _rounded(table: pandas.DataFrame) -> pandas.DataFrame:
-    if "verdict" in table:
-        ends = table[["mean", "low", "high", "batches"]].to_numpy().tolist()
-        table = table.assign(mean=[f"{Interval(*row):+.3f}" for row in ends])
+    if "low" in table:
+        ends = table[["mean", "low", "high"]].to_numpy().tolist()
+        table = table.assign(mean=[f"{Interval(*row, 0):+.3f}" for row in ends])
         table = table.drop(columns=["low", "high"]).rename(columns={"mean": "difference"})
     return captioned(table.round(3))
 
@@ -156,12 +240,6 @@ def aurocs(
         area = auroc(prior(natural), prior(images))
         rows.append({"prior": name, "anomaly": kind, "images": len(images), "AUROC": area})
     return pandas.DataFrame(rows)
-
-
-def flat_psnr(images: Images) -> float:
-    """Mean PSNR of the best constant picture of each image: what knows only its mean colour."""
-    flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
-    return float(evaluate(flat, images)["psnr"].mean())
 
 
 def check(claim: str, holds: bool) -> None:
