@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from gipip.data.datasets import IMAGENET_MEAN, IMAGENET_STD, LabeledImages, load_dataset
 from gipip.data.download import cache_folder
-from gipip.data.imagenet import CLASSES, SIZE
+from gipip.data.imagenet import SIZE
 from gipip.data.photographs import list_folder, read
 from gipip.experiments.sweep import provenance
 from gipip.federation.models import ClientModel, build_model, trainable
@@ -87,7 +87,7 @@ def _photographs(root: Path) -> tuple[LabeledImages, LabeledImages, int, dict]:
     rows = found.shuffled("split:0")
     tenth = round(0.1 * len(rows))
     about = {"image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return pool[sorted(rows[tenth:])], pool[sorted(rows[:tenth])], CLASSES, about
+    return pool[sorted(rows[tenth:])], pool[sorted(rows[:tenth])], 1_000, about
 
 
 def train(

@@ -7,8 +7,8 @@ The embedded images, trained weights and results are all `safetensors` files wri
 import hashlib
 import json
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,18 +68,15 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     # one entry of metadata, because safetensors writes several in random order
     content = safetensors.torch.save(tensors, {"gipip": canonical_json(header)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-    ) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -94,21 +91,18 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and metadata of a file by `write_tensors`; `DamagedFileError` if a single
     bit differs from what was written.
     """
-    path = Path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("gipip", "{}"))
-            names = file.keys()
+            names, written = file.keys(), file.metadata()
             tensors = {name: file.get_tensor(name) for name in names}
+        header = json.loads(written["gipip"])
+        text, checksum = header["metadata"], header["sha256"]
     except FileNotFoundError:
         raise
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise DamagedFileError(
-            f"{path} is no readable safetensors file ({error}). {_ANEW}"
-        ) from error
-    if "sha256" not in header or "metadata" not in header:
-        raise DamagedFileError(f"{path} has no checksum: it was not written by gipip. {_ANEW}")
-    if fingerprint(tensors, header["metadata"]) != header["sha256"]:
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"is no readable safetensors file by gipip ({error!r})"
+        raise DamagedFileError(f"{path} {reason}. {_ANEW}") from error
+    if fingerprint(tensors, text) != checksum:
         altered = "it was altered or cut short"
         raise DamagedFileError(f"{path} does not match its checksum: {altered}. {_ANEW}")
-    return tensors, json.loads(header["metadata"])
+    return tensors, json.loads(text)

@@ -14,6 +14,7 @@ import tqdm.auto
 from gipip.errors import OutOfTime
 
 _quiet = contextvars.ContextVar("quiet", default=False)
+_LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} passed, {remaining} left"
 
 
 def headless() -> bool:
@@ -45,42 +46,23 @@ def progress(iterable: Iterable | None = None, *, description: str = "", **optio
     """A tqdm bar around `iterable`, or one to `update()` (a context manager), on stderr; headless:
     lines, ten seconds apart. `options`: tqdm's, such as `total` and `unit`.
     """
-    bar = _Lines if _quiet.get() or headless() else tqdm.auto.tqdm
-    return bar(iterable, desc=description, disable=_quiet.get(), **options)
+    options |= {"desc": description, "disable": _quiet.get()}
+    if not headless():
+        return tqdm.auto.tqdm(iterable, **options)
+    options = {"delay": 1e-9} | options  # so that there is no line at the start
+    options |= {"file": _Lines(), "bar_format": _LINE, "mininterval": 10, "miniters": 1}
+    return tqdm.tqdm(iterable, **options)
 
 
-class _Lines(tqdm.tqdm):
-    """A bar as plain lines, which never moves the cursor."""
+class _Lines:
+    """What tqdm writes to move the cursor becomes a line on stderr, or nothing."""
 
-    monitor_interval = 0  # no monitor thread
+    def write(self, text: str) -> None:
+        if line := text.replace("\x1b[A", "").strip():
+            print(line, file=sys.stderr, flush=True)
 
-    def __init__(self, *iterable, **options):
-        line = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} passed, {remaining} left{postfix}"
-        options |= {"bar_format": line, "leave": False}
-        # the delay suppresses tqdm's line at the start
-        super().__init__(*iterable, mininterval=10, miniters=1, delay=1e-9, **options)
-
-    def refresh(self, *args, **kwargs):
-        if not self.disable and time.time() - self.last_print_t >= self.mininterval:
-            self.last_print_t = time.time()
-            super().refresh(*args, **kwargs)
-
-    def display(self, msg=None, pos=None):
-        if msg is None:  # else it is the empty one, by which a bar clears itself
-            print(self, file=self.fp, flush=True)
-
-    def close(self):
-        if not self.disable:
-            self.display()
-        super().close()
-
-
-def announce(line: str) -> None:
-    """One line on stderr, where progress is shown: outputs on stdout must not differ from machine
-    to machine.
-    """
-    if not _quiet.get():
-        print(line, file=sys.stderr, flush=True)
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def time_limit() -> float:

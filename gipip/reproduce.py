@@ -74,7 +74,7 @@ def run(
     the outputs in the notebooks themselves, so that two executions give the same bytes.
     `parameters` go to every notebook that declares them, whatever the profile says. `budget`:
     seconds after which attacks pause and OutOfTime says what is left; the same call goes on from
-    there. In the end the claims that notebooks judged are joined in claims.csv. `report` receives a
+    there. In the end what the notebooks found is joined in claims.csv. `report` receives a
     line for each step. Raises `ProfileError` before anything runs for an unknown profile, notebook
     or parameter, and `NotebookError` at the first notebook that fails.
     """
@@ -101,7 +101,7 @@ def run(
             again = "The same command goes on from here."
             raise OutOfTime(f"{name} is not finished. {pause}\n{state} {again}") from pause
         report(f"{name}: done in {finished[-1].seconds:.0f} s")
-    _join_claims(profile, settings, folder, report)
+    _join_findings(profile, settings, folder, report)
     return finished
 
 
@@ -178,22 +178,20 @@ def _named(wanted: str, names: list[str]) -> str:
     return name
 
 
-def _join_claims(
+def _join_findings(
     profile: str, settings: dict[str, dict], folder: Path, report: Callable[[str], None]
 ) -> None:
-    """claims.csv where the profile sends figures; the profile cpu also shows it in README.md."""
-    from gipip.experiments.claims import collect_claims, write_readme_section
+    """claims.csv and comparisons.csv where the profile sends figures; the profile cpu also shows
+    them in README.md and docs/claims.md.
+    """
+    from gipip.experiments.claims import collect_findings, write_findings
 
     places = {folder / values["figures"] for values in settings.values() if "figures" in values}
     for figures in sorted(places):
-        table = collect_claims(figures)
-        if table.empty:
-            continue
-        counted = table["verdict"].value_counts().items()
-        counts = ", ".join(f"{count} {verdict}" for verdict, count in counted)
-        report(f"Claims: {counts}: {(figures / 'claims.csv').resolve()}")
+        claims, comparisons = collect_findings(figures)
+        report(f"Claims: {(figures / 'claims.csv').resolve()}")
         readme = folder.parent / "README.md"
-        if profile == "cpu" and write_readme_section(readme, table):
+        if profile == "cpu" and write_findings(readme, claims, comparisons):
             report(f"Claims, judged: {readme}")
 
 

@@ -132,8 +132,14 @@ def test_help_waits_for_no_library_that_computes():
         (["attack", "nowhere.png"], "nowhere.png cannot be read as an image"),
         (["train", "network"], "'network' is not one of 'autoencoder', 'generator'"),
         (["train", "autoencoder", "--data", "nowhere"], "nowhere is not a folder"),
-        (["train", "autoencoder", "--fraction", "0"], "fraction=0.0 selects no part"),
-        (["train", "autoencoder", "--fraction", "nan"], "fraction=nan selects no part"),
+        (
+            ["train", "autoencoder", "--fraction", "0"],
+            "fraction=0.0 of 50,000 images cannot be had",
+        ),
+        (
+            ["train", "autoencoder", "--fraction", "nan"],
+            "fraction=nan of 50,000 images cannot be had",
+        ),
         (["train", "generator", "--steps", "-1"], "'--steps'"),
         (["train", "generator", "--seed", "-1"], "'--seed'"),
         (["train", "generator", "--size", "64"], "cifar10"),

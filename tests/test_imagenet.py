@@ -25,7 +25,6 @@ PHOTOGRAPHS = load_dataset("cifar10").auxiliary_pool
 @pytest.fixture(autouse=True)
 def _no_folders_but_the_tests_own(tmp_path, monkeypatch):
     monkeypatch.setenv("GIPIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("GIPIP_DATA", raising=False)
 
 
 def photograph(number):
@@ -71,7 +70,7 @@ def test_the_samples_labels_are_those_of_what_it_shows():
 
 
 def test_the_sample_has_no_auxiliary_images_and_says_where_to_take_them_from():
-    with pytest.raises(DataError, match="imagenet64 has no auxiliary images. Take a folder"):
+    with pytest.raises(DataError, match="imagenet64 holds 0 auxiliary ones.*load_dataset..folder"):
         SAMPLE.auxiliary()
 
 
@@ -150,12 +149,9 @@ def test_what_was_left_out_is_reported_in_words():
     assert "43 photographs that the attacker owns" in text
 
 
-def test_folders_are_found_in_the_environment(tmp_path, monkeypatch):
-    folder(tmp_path / "private", range(20))
-    folder(tmp_path / "auxiliary", range(100, 120))
-    monkeypatch.setenv("GIPIP_DATA", str(tmp_path))
-    prepared = prepare_imagenet()
-    assert prepared.images == 20
+def test_the_shipped_priors_images_are_compared_with_as_well(tmp_path):
+    private = folder(tmp_path / "private", range(20))
+    prepared = prepare_imagenet(private, folder(tmp_path / "auxiliary", range(100, 120)))
     assert prepared.compared > len(numpy.unique(shipped_hashes()))
 
 

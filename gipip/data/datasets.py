@@ -2,10 +2,9 @@
 (weights are tuned on it), private (reported).
 """
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +53,17 @@ class LabeledImages:
     indices: Int64[Tensor, "batch"] = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pixels, _Pixels):  # type: ignore[arg-type]
-            expected = "Expected uint8 or float32 images, (batch, 3, height, width)"
-            raise DataError(f"{expected}; got {_kind(self.pixels)}.")
-        if self.pixels.is_floating_point() and not ((self.pixels >= 0) & (self.pixels <= 1)).all():
-            raise DataError(
-                "Float images must lie in [0, 1], without NaN. Divide by 255, or clamp."
-            )
+        _require(self.pixels, _Pixels, "uint8 or float32 images, (batch, 3, height, width)")
         count = len(self.pixels)
         if self.indices is None:
             object.__setattr__(self, "indices", torch.arange(count))
         for name in ("labels", "indices"):
-            given = getattr(self, name)
-            if not isinstance(given, Int64[Tensor, f"{count}"]):  # type: ignore[arg-type]
-                expected = f"Expected {name} as an int64 tensor, one for each of {count} images"
-                raise DataError(f"{expected}; got {_kind(given)}.")
+            expected = f"{name} as an int64 tensor, one for each of {count} images"
+            _require(getattr(self, name), Int64[Tensor, f"{count}"], expected)
+        if self.pixels.is_floating_point() and not ((self.pixels >= 0) & (self.pixels <= 1)).all():
+            raise DataError(
+                "Float images must lie in [0, 1], without NaN. Divide by 255, or clamp."
+            )
 
     @property
     def images(self) -> Float32[Tensor, "batch 3 height width"]:
@@ -93,10 +88,16 @@ class LabeledImages:
         return stratified_rows(self.labels.tolist(), self.indices.tolist(), salt)
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype}, {tuple(value.shape)}"
-    return type(value).__name__
+def _require(value: object, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise DataError(f"Expected {expected}; got {described(value)}.")
+
+
+def described(value: object) -> str:
+    """A tensor by its type and shape, anything else by its class: for messages."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ class Dataset:
 
         Raises `DataError` if a pool has none of them.
         """
-        wanted = torch.tensor(sorted(set(classes)))
+        wanted = torch.tensor(classes, dtype=torch.int64)
         pools = {}
         for name in _POOLS:
             pool = getattr(self, name)
@@ -153,25 +154,19 @@ class Dataset:
 
         The default is 0.038 for CIFAR-10, as in the paper, and everything for a folder.
         For one seed a smaller fraction is the beginning of a larger one. Raises
-        `DataError` if the fraction is out of range or the pool holds fewer images.
+        `DataError` if the fraction selects no image, or more than the pool holds.
         """
-        pool, whole = self.auxiliary_pool, self.training_images
-        if not len(pool):
-            advice = "Take a folder of others: load_dataset('folder', root=…).auxiliary()."
-            raise DataError(f"{self.name} has no auxiliary images. {advice}")
-        fraction = self.default_fraction if fraction is None else fraction
-        if not 0 < fraction <= 1 or round(fraction * whole) == 0:
-            raise DataError(
-                f"fraction={fraction} selects no part of {whole:,} images. Expected one in (0, 1]."
-            )
-        wanted = round(fraction * whole)
-        if wanted > len(pool):
-            raise DataError(
-                f"fraction={fraction} is {wanted:,} of {whole:,} images; the embedded sample of "
-                f"{self.name} holds {len(pool):,}. Run `gipip data {self.name}` once and use "
-                f"load_dataset({self.name!r}, full=True)."
-            )
         require_whole("seed", seed)
+        pool, whole = self.auxiliary_pool, self.training_images
+        fraction = self.default_fraction if fraction is None else fraction
+        wanted = round(fraction * whole) if 0 < fraction <= 1 else 0
+        if not 1 <= wanted <= len(pool):
+            raise DataError(
+                f"fraction={fraction} of {whole:,} images cannot be had: {self.name} holds "
+                f"{len(pool):,} auxiliary ones here, and a fraction is above 0, at most 1. For "
+                "more, run `gipip data cifar10` and use load_dataset('cifar10', full=True), or "
+                "take a folder: load_dataset('folder', root=…)."
+            )
         return pool[pool.shuffled(f"auxiliary:{seed}")[:wanted]]
 
     def private(
@@ -204,14 +199,9 @@ def _batch(
             f"Asked for {size} {purpose} images. Ask for 1 to {possible:,}, a whole number{more}."
         )
     require_whole("seed", seed)
-
-    def one_pass(number: int) -> list[list[int]]:
-        labels, names = pool.labels.tolist(), pool.indices.tolist()
-        return batches(labels, names, size, distinct_labels, f"{purpose}:{number}")
-
-    first = one_pass(0)
-    number, place = divmod(seed, len(first))
-    return pool[first[place]] if number == 0 else pool[one_pass(number)[place]]
+    one_pass = partial(batches, pool.labels.tolist(), pool.indices.tolist(), size, distinct_labels)
+    number, place = divmod(seed, len(one_pass(f"{purpose}:0")))
+    return pool[one_pass(f"{purpose}:{number}")[place]]
 
 
 def require_whole(name: str, value: Any, least: int = 0) -> None:
@@ -241,17 +231,17 @@ def load_dataset(
     into tuning and private. Copies of an image, and hidden files, are left out. Raises
     `DataError` for an unknown name, unsuitable options or missing images.
     """
-    kind = "imagenet64" if name.startswith("imagenet64-") else name
-    if kind not in _LOADERS:
-        raise DataError(f"Unknown data set {name!r}. Known: {', '.join(_LOADERS)}.")
-    options = {"root": root, "auxiliary_root": auxiliary_root, "size": size, "full": full or None}
-    given = {option: value for option, value in options.items() if value is not None}
-    try:
-        inspect.signature(_LOADERS[kind]).bind(name, **given)
-    except TypeError as error:
-        own = "For your own images: load_dataset('folder', root=…, size=…)."
-        raise DataError(f"load_dataset({name!r}, …) {error}. {own}") from error
-    return _LOADERS[kind](name, **given)
+    of_folder = any(option is not None for option in (root, auxiliary_root, size))
+    if name == "folder" and root is not None and not full:
+        return _folder(Path(root), auxiliary_root, 64 if size is None else size)
+    if name == "cifar10" and not of_folder:
+        return _cifar10(full)
+    if name.startswith("imagenet64") and not of_folder and not full:
+        return _imagenet64(name)
+    raise DataError(
+        f"There is no data set {name!r} with these options. Known: 'cifar10' (full), 'imagenet64', "
+        "'folder' (root, auxiliary_root, size)."
+    )
 
 
 def load_images(paths: Sequence[Path | str], size: int = 32) -> LabeledImages:
@@ -286,13 +276,12 @@ def _pools(path: Path, *names: str) -> list[LabeledImages]:
     return [LabeledImages(*(tensors[f"{name}_{part}"] for part in parts)) for name in names]
 
 
-def _cifar10(name: str, size: int = 32, full: bool = False) -> Dataset:
-    _require_size(name, size, 32)
+def _cifar10(full: bool) -> Dataset:
     names = ("auxiliary", "tuning", "private")
     auxiliary, tuning, private = _cifar10_full() if full else _pools(CIFAR10_SAMPLE, *names)
     pools = (auxiliary, tuning, private)
     constants = (CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD)
-    return Dataset(name, *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
+    return Dataset("cifar10", *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
 
 
 def _cifar10_full() -> list[LabeledImages]:
@@ -303,12 +292,10 @@ def _cifar10_full() -> list[LabeledImages]:
     return [auxiliary, test[rows[:_TUNING_IMAGES]], test[sorted(rows[_TUNING_IMAGES:])]]
 
 
-def _imagenet64(name: str, size: int = 64) -> Dataset:
+def _imagenet64(name: str) -> Dataset:
     from torchvision.models import ResNet18_Weights  # takes a second to import
 
-    _require_size(name, size, 64)
-    embedded = name == "imagenet64"
-    path = IMAGENET64_SAMPLE if embedded else cache_folder() / f"{name}.safetensors"
+    path = IMAGENET64_SAMPLE if name == "imagenet64" else cache_folder() / f"{name}.safetensors"
     if not path.exists():
         advice = "Make it with `gipip data imagenet64 --private …`, or use 'imagenet64', a sample."
         raise DataError(f"{path} is missing. {advice}")
@@ -317,14 +304,7 @@ def _imagenet64(name: str, size: int = 64) -> Dataset:
     return Dataset(name, classes, IMAGENET_MEAN, IMAGENET_STD, private[[]], tuning, private, 0)
 
 
-def _require_size(name: str, size: int, own: int) -> None:
-    if size != own:
-        raise DataError(f"{name} has images of {own} × {own} pixels; size={size!r} is no option.")
-
-
-def _folder(
-    name: str, root: Path | str, auxiliary_root: Path | str | None = None, size: int = 64
-) -> Dataset:
+def _folder(root: Path, auxiliary_root: Path | str | None, size: int) -> Dataset:
     """The folder root/class/image; the class index is the rank of the sub-folder's
     name.
 
@@ -332,7 +312,6 @@ def _folder(
     auxiliary.
     """
     require_whole("size", size, least=1)
-    root = Path(root)
     seen: dict[bytes, Path] = {}
     photographs, pixels = read(list_folder(root), size, seen)
     pool = LabeledImages(pixels, torch.tensor(photographs.labels))
@@ -347,10 +326,3 @@ def _folder(
     constants = (photographs.classes, IMAGENET_MEAN, IMAGENET_STD)
     pools = (auxiliary, tuning, private)
     return Dataset(printable(root.resolve().name), *constants, *pools, len(auxiliary))
-
-
-_LOADERS: dict[str, Callable[..., Dataset]] = {
-    "cifar10": _cifar10,
-    "imagenet64": _imagenet64,
-    "folder": _folder,
-}

@@ -4,7 +4,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 def stratified_rows(labels: Sequence[int], names: Sequence[str | int], salt: str) -> list[int]:
@@ -14,7 +14,7 @@ def stratified_rows(labels: Sequence[int], names: Sequence[str | int], salt: str
     sizes = Counter(labels)
     ranked = _ranked(labels, names, salt)
     places = {row: (rank + 0.5) / sizes[labels[row]] for rank, row in ranked}
-    return sorted(places, key=lambda row: places[row])
+    return sorted(places, key=places.__getitem__)
 
 
 def batches(
@@ -33,7 +33,9 @@ def batches(
     return found
 
 
-def _ranked(labels: Sequence[int], names: Sequence[str | int], salt: str) -> list[tuple[int, int]]:
+def _ranked(
+    labels: Sequence[int], names: Sequence[str | int], salt: str
+) -> Iterator[tuple[int, int]]:
     """(rank within its class, row) of every image, in the order that `salt` determines."""
 
     def digest(row: int) -> bytes:
@@ -41,8 +43,6 @@ def _ranked(labels: Sequence[int], names: Sequence[str | int], salt: str) -> lis
         return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
     seen: Counter[int] = Counter()
-    ranked = []
     for row in sorted(range(len(names)), key=digest):
-        ranked.append((seen[labels[row]], row))
+        yield seen[labels[row]], row
         seen[labels[row]] += 1
-    return ranked

@@ -3,7 +3,6 @@ attacker owns.
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from gipip.data.photographs import Photographs, list_folder, near, perceptual_ha
 from gipip.errors import DataError
 from gipip.files import DATA, read_tensors, write_tensors
 
-SIZE, CLASSES = 64, 1_000
+SIZE = 64
 HASHES = DATA / "hashes-imagenet64.safetensors"
 """Perceptual hashes of the images that the shipped priors for ImageNet at 64 × 64 were
 trained on.
@@ -61,27 +60,18 @@ def prepare_imagenet(
     the same photograph as one of `auxiliary` or of the shipped priors' images is left
     out (perceptual hashes, see `gipip.data.photographs`).
 
-    A folder that is not given is looked for in $GIPIP_DATA, as `private` or
-    `auxiliary`. Without private photographs this gives the 20 that ship. Raises
-    DataError for folders that cannot be used.
+    Without private photographs this gives the 20 that ship. Raises DataError for
+    folders that cannot be used.
     """
     require_whole("limit", limit, least=1)
-    private, auxiliary = _folder(private, "private"), _folder(auxiliary, "auxiliary")
-    if private is None:
+    if not private:
         return _described(IMAGENET64_SAMPLE)
-    photographs, known = list_folder(private), list_folder(auxiliary) if auxiliary else None
+    photographs = list_folder(Path(private))
+    known = list_folder(Path(auxiliary)) if auxiliary else None
     path = cache_folder() / f"imagenet64-{_identity(photographs, known, limit)}.safetensors"
     if not path.exists():
         _make(path, photographs, known, limit)
     return _described(path)
-
-
-def _folder(given: Path | str | None, name: str) -> Path | None:
-    """The folder given, else the one in $GIPIP_DATA, if there is one."""
-    if given:
-        return Path(given)
-    inside = Path(os.environ.get("GIPIP_DATA") or os.devnull) / name
-    return inside if inside.is_dir() else None
 
 
 def _identity(private: Photographs, auxiliary: Photographs | None, limit: int) -> str:
@@ -96,11 +86,6 @@ def _identity(private: Photographs, auxiliary: Photographs | None, limit: int) -
 
 
 def _make(path: Path, private: Photographs, auxiliary: Photographs | None, limit: int) -> None:
-    if len(private.classes) > CLASSES:
-        raise DataError(
-            f"{private.root} has {len(private.classes):,} class folders; the client's network "
-            f"knows {CLASSES:,}. Give fewer."
-        )
     chosen, pixels = read(private[private.shuffled("limit")[:limit]], SIZE)
     owned = numpy.unique(shipped_hashes())
     if auxiliary:

@@ -62,18 +62,14 @@ def list_folder(root: Path) -> Photographs:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder. {layout}")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-    found: list[tuple[Path, int]] = []
+    files: dict[Path, int] = {}
     for label, folder in enumerate(folders):
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        found += [(path, label) for path in paths if not _hidden(path.relative_to(folder))]
-    if not found:
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        files |= {path: label for path in paths if "/." not in path.relative_to(root).as_posix()}
+    if not files:
         raise DataError(f"{root} holds no images. {layout}")
-    paths, labels = zip(*found, strict=True)
-    return Photographs(root, tuple(printable(folder.name) for folder in folders), paths, labels)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    classes = tuple(printable(folder.name) for folder in folders)
+    return Photographs(root, classes, tuple(files), tuple(files.values()))
 
 
 def printable(path: Path | str) -> str:
@@ -92,10 +88,10 @@ def read(
     `seen` is filled with what was read, so that it keeps several folders apart. What is
     left out, one warning says. Raises DataError when nothing is left.
     """
-    paths = photographs.paths
+    paths, root = photographs.paths, printable(photographs.root)
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     rows, problems = [], []
-    for row, path in enumerate(_shown(photographs, "Reading")):
+    for row, path in enumerate(_shown(paths, f"Reading {root}")):
         try:
             pixels[row] = decode(path, size, round(size * 72 / 64))
             if seen is not None:
@@ -103,13 +99,17 @@ def read(
             rows.append(row)
         except DataError as error:
             problems.append(str(error))
-    root = printable(photographs.root)
     if problems:
         skipped = f"Skipped {len(problems)} of {len(paths)} files in {root}. The first of them:"
         warnings.warn(" ".join([skipped, *problems[:10]]), stacklevel=2)
     if not rows:
         raise DataError(f"None of the files in {root} is a readable image that is no copy.")
     return photographs[rows], pixels[rows]
+
+
+def _shown(paths: Sequence[Path], description: str) -> Iterable[Path]:
+    """With progress, if they take longer than a moment."""
+    return progress(paths, description=description, unit="image", delay=5)
 
 
 def _require_new(path: Path, image: Tensor, seen: dict[bytes, Path]) -> None:
@@ -136,21 +136,19 @@ def perceptual_hashes(photographs: Photographs) -> UInt64[numpy.ndarray, "images
     """pHash of each photograph's central square: 64 bits that hardly change with scale,
     compression and colour; see `NEAR`. Raises DataError without the package imagehash.
     """
-    hashes = [_perceptual_hash(path) for path in _shown(photographs, "Comparing")]
-    return numpy.array(hashes, dtype=numpy.uint64)
+    from torchvision.transforms.functional import center_crop
 
-
-def _perceptual_hash(path: Path) -> int:
     try:
-        import imagehash
+        from imagehash import phash
     except ImportError as error:
         advice = 'Install it: pip install "gipip[imagenet]".'
         raise DataError(f"Comparing photographs needs the package imagehash. {advice}") from error
-    from torchvision.transforms import functional
-
-    image = _upright(path)
-    square = functional.center_crop(image, min(image.size))
-    return int(str(imagehash.phash(square)), base=16)
+    hashes = []
+    for path in _shown(photographs.paths, f"Comparing {printable(photographs.root)}"):
+        image = _upright(path)
+        square = center_crop(image, min(image.size))
+        hashes.append(int(str(phash(square)), base=16))
+    return numpy.array(hashes, dtype=numpy.uint64)
 
 
 def near(
@@ -165,9 +163,7 @@ def _upright(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             image = _eight_bit(ImageOps.exif_transpose(file))
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # between a palette with transparency and RGB
-            return image.convert("RGB")
+            return image.convert("RGBA").convert("RGB")  # palettes may be transparent
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise DataError(
             f"{printable(path)} cannot be read as an image ({type(error).__name__}: {error}). "
@@ -183,9 +179,3 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits, whose range is not known")
     return image
-
-
-def _shown(photographs: Photographs, verb: str) -> Iterable[Path]:
-    """Their paths, with progress when they are many."""
-    paths, label = photographs.paths, f"{verb} {printable(photographs.root.name)}"
-    return progress(paths, description=label, unit="image") if len(paths) >= 2000 else paths

@@ -5,6 +5,7 @@ verdict, corrected for their number. Every other comparison is *secondary*: it g
 notebook saves both as tables; `make reproduce` joins them and writes README.md and docs/claims.md.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -52,10 +53,10 @@ def compare(
     ]
 
 
-_NUMBERS = dict.fromkeys(("mean", "low", "high"), float)
-_ENDPOINTS = dict.fromkeys(("claim", "endpoint", "metric", "model", "units"), str)
+_NUMBERS: dict[str, type] = {"mean": float, "low": float, "high": float}
+_ENDPOINTS: dict[str, type] = dict.fromkeys(("claim", "endpoint", "metric", "model", "units"), str)
 _ENDPOINTS |= {**_NUMBERS, "p": float, "obstacle": str}
-_COMPARISONS = dict.fromkeys(("claim", "compared", "metric"), str)
+_COMPARISONS: dict[str, type] = dict.fromkeys(("claim", "compared", "metric"), str)
 _COMPARISONS |= {"images": int, "count": int, **_NUMBERS}
 _TABLES = {"endpoints": _ENDPOINTS, "comparisons": _COMPARISONS}
 
@@ -142,8 +143,9 @@ def write_findings(
     False if it is `readme`.
     """
     readme = Path(readme)
-    shown = claims.assign(difference=_differences(claims)).fillna("–")
+    shown = claims.assign(difference=_differences(claims))
     shown = shown[["claim", "endpoint", "metric", "model", "units", "difference", "verdict"]]
+    shown = shown.fillna("–")
     parts = []
     for claim, rows in comparisons.groupby("claim"):
         rows = rows.assign(difference=_differences(rows)).rename(columns={"count": "batches"})
@@ -154,12 +156,13 @@ def write_findings(
 
 
 def _differences(table: pandas.DataFrame) -> list[str]:
-    """Means with their intervals."""
+    """Means with their intervals; a dash where nothing was measured."""
     texts = []
-    for metric, *values in table[["metric", *_NUMBERS]].itertuples(index=False):
-        interval = Interval(*values, 0)
-        texts.append(f"{interval:+.2f} dB" if metric == "psnr" else f"{interval:+.3f}")
-    return ["–" if text.startswith("+nan") or text.startswith("nan") else text for text in texts]
+    for row in table.to_dict("records"):
+        interval = Interval(row["mean"], row["low"], row["high"], 0)
+        text = f"{interval:+.2f} dB" if row["metric"] == "psnr" else f"{interval:+.3f}"
+        texts.append("–" if math.isnan(row["mean"]) else text)
+    return texts
 
 
 def _markdown(table: pandas.DataFrame) -> str:

@@ -234,8 +234,8 @@ def found(name: str) -> pandas.DataFrame | None:
 
 def _rounded(table: pandas.DataFrame) -> pandas.DataFrame:
     if "low" in table:
-        ends = table[["mean", "low", "high"]].to_numpy().tolist()
-        table = table.assign(mean=[f"{Interval(*row, 0):+.3f}" for row in ends])
+        ends = zip(table["mean"], table["low"], table["high"], strict=True)
+        table = table.assign(mean=[f"{Interval(*each, count=0):+.3f}" for each in ends])
         table = table.drop(columns=["low", "high"]).rename(columns={"mean": "difference"})
     return captioned(table.round(3))
 

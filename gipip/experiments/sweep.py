@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -24,7 +25,7 @@ from gipip.experiments.scenario import Run
 from gipip.experiments.store import Result, ResultStore, read_result
 from gipip.experiments.version import code_version
 from gipip.files import DATA, canonical_json
-from gipip.progress import announce, progress, quiet, require_time, time_limit
+from gipip.progress import progress, quiet, require_time, time_limit
 
 
 def execute(run: Run, store: ResultStore | None = None, *, deadline: float | None = None) -> Result:
@@ -146,7 +147,7 @@ def sweep(
     left = {run.key(): run for run, result in zip(runs, found, strict=True) if result is None}
     failures = []
     if left and time.time() < time_limit():
-        announce(f"attacks: {len(left)} to compute")
+        print(f"attacks: {len(left)} to compute", file=sys.stderr)
         longest_first = sorted(
             left.values(), key=_work_of, reverse=True
         )  # no worker idles at the end

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gipip.data.datasets import LabeledImages
+from gipip.data.datasets import LabeledImages, described
 from gipip.errors import DataError, DefenseError, LabelError, UpdateError
 from gipip.federation.models import (
     ClientModel,
@@ -20,7 +20,6 @@ from gipip.federation.models import (
     Mode,
     check_client_model,
     count_classes,
-    described,
     entering,
     model_fingerprint,
     prepared,

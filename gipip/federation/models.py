@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages
+from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages, described
 from gipip.data.download import cache_folder
 from gipip.errors import ModelError
 from gipip.files import DATA, fingerprint, read_tensors
@@ -250,13 +250,6 @@ def count_classes(model: ClientModel, batch: LabeledImages) -> int:
             "classes) that its trainable parameters differentiate. Wrap it in a module that does."
         )
     return logits.shape[1]
-
-
-def described(value: object) -> str:
-    """A tensor by its type and shape, anything else by its class: for messages."""
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"{value.dtype} of shape {tuple(value.shape)}"
 
 
 Entered = list[tuple[str, nn.Module, Tensor]]
