@@ -83,6 +83,8 @@ class Explorer:
         self.status, self.message = ipywidgets.Label(), ipywidgets.HTML()
         picture = partial(ipywidgets.Image, format="png", layout={"flex": "none"})
         self.truth, self.reconstruction = picture(), picture()
+        choices = [self.seed, self.batch_size, self.model, self.attack]
+        self.controls = [*choices, self.tv_weight, self.as_weight, self.iterations]
         self.panel = self._arrange()
         self.start_button.on_click(self.start)
         self.stop_button.on_click(self.stop)
@@ -92,8 +94,7 @@ class Explorer:
 
     def _arrange(self) -> ipywidgets.VBox:
         row = partial(ipywidgets.HBox, layout={"flex_flow": "row wrap"})
-        left = ipywidgets.VBox([self.seed, self.batch_size, self.model, self.attack])
-        right = ipywidgets.VBox([self.tv_weight, self.as_weight, self.iterations])
+        columns = [ipywidgets.VBox(self.controls[:4]), ipywidgets.VBox(self.controls[4:])]
         buttons = [self.start_button, self.stop_button, self.bar, self.status]
         private = ipywidgets.Label("private (the attack never sees it)")
         recovered = ipywidgets.Label("reconstruction")
@@ -101,13 +102,14 @@ class Explorer:
             ipywidgets.VBox([private, self.truth]),
             ipywidgets.VBox([recovered, self.reconstruction]),
         ]
-        parts = [row([left, right]), ipywidgets.HBox(buttons), self.message, row(pictures)]
+        parts = [row(columns), ipywidgets.HBox(buttons), self.message, row(pictures)]
         return ipywidgets.VBox(parts)
 
-    @property
-    def _controls(self) -> list[ipywidgets.Widget]:
-        choices = [self.seed, self.batch_size, self.model, self.attack]
-        return [*choices, self.tv_weight, self.as_weight, self.iterations, self.start_button]
+    def _wait(self, running: bool) -> None:
+        """Only Stop can be used while an attack is running, and all but Stop otherwise."""
+        for control in (*self.controls, self.start_button):
+            control.disabled = running
+        self.stop_button.disabled = not running
 
     def _offer_weights(self, *_) -> None:
         """Disable the weights of terms that the chosen attack does not have."""
@@ -135,9 +137,7 @@ class Explorer:
         if self.thread and self.thread.is_alive():
             return
         self._stopping.clear()
-        for control in self._controls:
-            control.disabled = True
-        self.stop_button.disabled = False
+        self._wait(True)
         self._show_truth()
         self.bar.max, self.bar.bar_style = self.iterations.value, ""
         self._say("running")
@@ -156,10 +156,8 @@ class Explorer:
             self.bar.bar_style = "danger"
             self._say(f"{type(error).__name__}: {error}", color="firebrick")
         finally:
-            for control in self._controls:
-                control.disabled = False
+            self._wait(False)
             self._offer_weights()
-            self.stop_button.disabled = True
 
     def _invert(self) -> None:
         data, batch = self.data, self._batch()

@@ -189,8 +189,11 @@ def _join_findings(
     places = {folder / values["figures"] for values in settings.values() if "figures" in values}
     for figures in sorted(places):
         claims, comparisons = collect_findings(figures)
-        report(f"Claims: {(figures / 'claims.csv').resolve()}")
-        readme = folder.parent / "README.md"
+        file, readme = figures.resolve() / "claims.csv", folder.parent / "README.md"
+        if not file.exists():
+            continue
+        counted = claims["verdict"].value_counts().items()
+        report(f"Claims: {', '.join(f'{count} {verdict}' for verdict, count in counted)}: {file}")
         if profile == "cpu" and write_findings(readme, claims, comparisons):
             report(f"Claims, judged: {readme}")
 
@@ -202,27 +205,14 @@ def _execute(source: Path, folder: Path, parameters: dict, limit: float) -> Exec
     """
     started, clock = time.time_ns(), time.perf_counter()
     target = folder / source.name
-    draft, problem = target.with_suffix(".failed.ipynb"), None
-    try:
-        with _environment(limit):
-            papermill.execute_notebook(
-                str(source),
-                str(draft),
-                parameters,
-                cwd=str(source.parent),
-                progress_bar=False,
-                kernel_name="python3",
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-                config=_KERNEL,
-            )
-    except (PapermillExecutionError, CellExecutionError, DeadKernelError) as error:
-        problem = f"{error}."
+    draft = target.with_suffix(".failed.ipynb")
+    died = _run_cells(source, draft, parameters, limit)
     notebook = nbformat.read(draft, as_version=4)
-    if pause := _out_of_time(notebook):
+    name, problem = _unfinished(notebook) or ("", died)
+    if name == OutOfTime.__name__:
         draft.unlink()
-        raise OutOfTime(pause)
-    if problem := _unfinished(notebook) or problem:
+        raise OutOfTime(problem)
+    if problem:
         so_far = f"The notebook as far as it ran: {draft}"
         raise NotebookError(f"{source.stem} failed: {problem} {so_far}")
     if target == source:
@@ -233,14 +223,30 @@ def _execute(source: Path, folder: Path, parameters: dict, limit: float) -> Exec
     return Executed(source.stem, target, time.perf_counter() - clock, written)
 
 
+def _run_cells(source: Path, draft: Path, parameters: dict, limit: float) -> str:
+    """Run a notebook in its folder; gives what papermill says when it did not reach the end."""
+    how = {"kernel_name": "python3", "progress_bar": False, "config": _KERNEL}
+    streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    try:
+        with _environment(limit):
+            paths = {
+                "input_path": str(source),
+                "output_path": str(draft),
+                "cwd": str(source.parent),
+            }
+            papermill.execute_notebook(**paths, parameters=parameters, **how, **streams)
+    except (PapermillExecutionError, CellExecutionError, DeadKernelError) as error:
+        return f"{error}."
+    return ""
+
+
 @contextlib.contextmanager
 def _environment(limit: float) -> Iterator[None]:
     """What kernels inherit: plain progress lines, the time limit, and no JUPYTER_PATH, which would
     outrank this environment's kernel.
     """
     before = dict(os.environ)
-    os.environ["GIPIP_DEADLINE"] = str(limit)
-    os.environ["GIPIP_HEADLESS"] = "1"
+    os.environ.update(GIPIP_DEADLINE=str(limit), GIPIP_HEADLESS="1")
     os.environ.pop("JUPYTER_PATH", None)
     try:
         yield
@@ -275,27 +281,21 @@ def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]
     return joined
 
 
-def _out_of_time(notebook: nbformat.NotebookNode) -> str | None:
-    """The message of the cell that raised OutOfTime, if one did."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if output.output_type == "error" and output.ename == OutOfTime.__name__:
-                return output.evalue
-    return None
-
-
-def _unfinished(notebook: nbformat.NotebookNode) -> str | None:
-    """What shows that a notebook did not run to its end; None if every code cell ran, in order and
-    without an error.
+def _unfinished(notebook: nbformat.NotebookNode) -> tuple[str, str] | None:
+    """The name and the text of what kept a notebook from its end; None if every code cell ran, in
+    order and without an error.
 
     An output file is no proof: a kernel that dies, or `sys.exit(0)` in a cell, leaves one too.
     """
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     for position, cell in enumerate(cells, start=1):
         for output in cell.outputs:
+            if output.output_type == "error" and output.ename == OutOfTime.__name__:
+                return output.ename, output.evalue
             if output.output_type == "error":
-                return f"code cell {position} raised {output.ename}: {output.evalue}."
+                text = f"code cell {position} raised {output.ename}: {output.evalue}."
+                return output.ename, text
         if cell.execution_count != position:
             died = "did not finish: the kernel died or was told to exit"
-            return f"code cell {position} of {len(cells)} {died}."
+            return "", f"code cell {position} of {len(cells)} {died}."
     return None

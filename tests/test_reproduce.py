@@ -6,6 +6,9 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from gipip.errors import OutOfTime, ProfileError
+from gipip.evaluation.statistics import Interval
+from gipip.experiments.claims import Comparison, save_findings
+from gipip.experiments.endpoints import NOT_MEASURED, STUDY
 from gipip.reproduce import NotebookError, notebooks_folder, plan, run
 
 PARAMETERS = "iterations = 1\nname = 'smoke'"
@@ -234,17 +237,23 @@ def test_a_budget_that_leaves_no_time_is_refused(folder):
 
 
 PLACES = {"smoke": "../figures/smoke", "cpu": "../figures", "paper": "../figures/paper"}
-CLAIM = (
-    "claim,compared,metric,images,batches,mean,low,high,verdict\n"
-    "1 Helps,GIPIP - IG,psnr,24,6,0.5,0.25,0.75,supported\n"
-)
+
+
+@pytest.fixture
+def comparisons(tmp_path):
+    """The file that a notebook writes with one comparison."""
+    found = Comparison(1, "GIPIP − IG", "psnr", 24, Interval(0.5, 0.25, 0.75, 6))
+    save_findings("01_first", [], [found], tmp_path / "saved")
+    return (tmp_path / "saved" / "01_first_comparisons.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("profile", "joined"),
     [("smoke", []), ("cpu", ["figures/claims.csv"]), ("paper", ["figures/paper/claims.csv"])],
 )
-def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, profile, joined):
+def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(
+    folder, profile, joined, comparisons
+):
     settings = {
         name: {"all": {"figures": place}} if name != "smoke" else {}
         for name, place in PLACES.items()
@@ -252,7 +261,7 @@ def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, pro
     (folder / "profiles.yaml").write_text(yaml.safe_dump({"profiles": settings}))
     cell = (
         "import pathlib\npathlib.Path(figures).mkdir(parents=True)\n"
-        f"pathlib.Path(figures, '01_first_claims.csv').write_text({CLAIM!r})"
+        f"pathlib.Path(figures, '01_first_comparisons.csv').write_text({comparisons!r})"
     )
     write(folder, "01_first", cell, parameters=f"figures = {PLACES['smoke']!r}")
     readme = folder.parent / "README.md"
@@ -262,20 +271,21 @@ def test_smoke_joins_no_claims_and_only_cpu_shows_them_in_the_readme(folder, pro
     assert [
         path.relative_to(folder.parent).as_posix() for path in folder.parent.rglob("claims.csv")
     ] == joined
-    assert ("| 1 Helps | 1 |" in readme.read_text(encoding="utf-8")) == (profile == "cpu")
-    told = [f"Claims: 1 supported: {folder.parent / path}" for path in joined]
+    assert (STUDY[1].claim in readme.read_text(encoding="utf-8")) == (profile == "cpu")
+    counts = f"{len(STUDY)} {NOT_MEASURED}"
+    told = [f"Claims: {counts}: {folder.parent / path}" for path in joined]
     assert said[2:] == told + [f"Claims, judged: {readme}"] * (profile == "cpu")
 
 
-def test_without_a_readme_beside_the_notebooks_none_is_made(folder):
+def test_without_a_readme_beside_the_notebooks_none_is_made(folder, comparisons):
     (folder / "profiles.yaml").write_text(
         yaml.safe_dump({"profiles": {"cpu": {"all": {"figures": "../figures"}}}})
     )
     (folder.parent / "figures").mkdir()
-    (folder.parent / "figures" / "02_second_claims.csv").write_text(CLAIM)
+    (folder.parent / "figures" / "02_second_comparisons.csv").write_text(comparisons)
     write(folder, "01_first", parameters="figures = ''")
     run("cpu", ["01"], folder=folder)
-    assert (folder.parent / "figures" / "claims.csv").read_text() == CLAIM
+    assert (folder.parent / "figures" / "comparisons.csv").read_text() == comparisons
     assert not (folder.parent / "README.md").exists()
 
 
