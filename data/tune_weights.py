@@ -1,32 +1,30 @@
-"""The studies that made data/tuned.json: attack weights chosen on tuning images.
+"""The tunings that made data/tuned.json: attack weights chosen on tuning images.
 
     python data/tune_weights.py main --store results --workers 2
 
-takes up to hours on two cores, minutes on a GPU, and goes on where it was. The studies of
-photographs take a data set that `gipip data imagenet64 --private FOLDER` prepared: those that
-ship are too few to tune batches on.
+takes hours on two cores, minutes on a GPU, and goes on where it was. Those of photographs take a
+data set that `gipip data imagenet64 --private FOLDER` prepared: those that ship are too few to tune
+on. `gipip tune` does the same for one attack and condition.
 """
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas
+
+from gipip.attacks.base import Attack
 from gipip.attacks.gias import GIAS, LatentSearch
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.presets import RELEASED_OFFSETS
-from gipip.experiments.arms import EQUAL
-from gipip.experiments.scenario import Scenario
-from gipip.experiments.sweep import provenance
-from gipip.experiments.tuning import Arm, Study, tune, write_tuned
+from gipip.experiments.arms import EQUAL, three_priors
+from gipip.experiments.tuning import read_tuned, tune, tuning_units, write_tuned
 from gipip.federation.defenses import DPSGD, GaussianNoise, Soteria, Sparsification
 from gipip.priors.autoencoder import AnomalyScore, load_prior
 from gipip.priors.gan import load_generator
-
-TV_WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-AS_WEIGHTS = (0.05, 0.2, 1.0, 3.0)
-BATCHES = {"convnet": {1: 8, 4: 4, 8: 4}, "resnet18": {1: 4, 4: 2, 8: 2}}
-"""The main study: how many batches of tuning images for each model and batch size."""
 
 AUTOENCODERS = ("width6", "depth2", "depth4")
 """The further autoencoders that 03_ablations compares."""
@@ -41,164 +39,137 @@ DEFENSES = (
 zero, with weights tuned under each defence.
 """
 
-_SMALL_TV = {"tv_weight": TV_WEIGHTS[1:]}
-_PHOTOGRAPHS_TV = {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2)}
 
-
-def _tuning(count: int, **about) -> list[Scenario]:
-    return [Scenario(pool="tuning", seed=seed, **about) for seed in range(count)]
-
-
-def main_study(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """Inverting Gradients and GI-PIP, for 02."""
-    scenarios = []
-    for model, counts in BATCHES.items():
-        for size, count in counts.items():
-            scenarios += _tuning(count, dataset=dataset, model=model, batch_size=size)
-    baseline = InvertingGradients(iterations=iterations)
-    ours = GIPIP(prior=prior, iterations=iterations)
-    tv = {"tv_weight": TV_WEIGHTS}
-    arms = {
-        "InvertingGradients": Arm(baseline, (tv,)),
-        "GIPIP": Arm(ours, (tv | {"as_weight": AS_WEIGHTS},)),
-    }
-    return Study(tuple(scenarios), arms)
-
-
-def _equal_tv(prior: AnomalyScore, iterations: int, **settings) -> dict[str, Arm]:
-    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV: with and without
-    the anomaly score at equal total variation.
+class Tuned(NamedTuple):
+    """An arm (an attack for each prior) and which of its settings are tuned: by default its
+    weights. `after`: the arm whose tuned settings it takes over first, e.g. its λ_TV.
     """
-    baseline = InvertingGradients(iterations=iterations, **settings)
-    ours = GIPIP(prior=prior, iterations=iterations, **settings)
+
+    attacks: list[Attack]
+    settings: tuple[str, ...] = ()
+    after: str = ""
+
+
+Arms = dict[str, Tuned]
+Priors = list[AnomalyScore]
+
+
+def _ours(priors: Iterable[AnomalyScore], **about) -> list[Attack]:
+    return [GIPIP(prior=prior, **about) for prior in priors]
+
+
+def each_at_its_best(priors: Priors, **about) -> Arms:
+    """Inverting Gradients and GI-PIP."""
     return {
-        "InvertingGradients": Arm(baseline, (_SMALL_TV,)),
-        EQUAL: Arm(ours, ({"as_weight": AS_WEIGHTS},), after="InvertingGradients"),
+        "InvertingGradients": Tuned([InvertingGradients(**about)]),
+        "GIPIP": Tuned(_ours(priors, **about)),
     }
 
 
-def conditions(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """Batch sizes and trained clients, for 03."""
-    client, scenarios = {"dataset": dataset, "model": "convnet16"}, []
-    for size, count in {1: 4, 2: 3, 4: 2, 8: 2, 12: 1, 16: 1}.items():
-        scenarios += _tuning(count, **client, batch_size=size, distinct_labels=size <= 10)
-    for epochs in (40, 60, 80, 100):
-        scenarios += _tuning(2, **client, epochs=epochs)
-    return Study(tuple(scenarios), _equal_tv(prior, iterations))
+def equal_tv(priors: Priors, **about) -> Arms:
+    """With and without the anomaly score, at the total variation that is best without."""
+    score = Tuned(_ours(priors, **about), ("as_weight",), after="InvertingGradients")
+    return {"InvertingGradients": Tuned([InvertingGradients(**about)]), EQUAL: score}
 
 
-def variants(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """Of the anomaly score, for 03."""
-    priors = {name: load_prior(f"cifar10-{name}").with_offset(0) for name in AUTOENCODERS}
-    priors["c calibrated"] = load_prior()
-    priors["c as released"] = prior.with_offset(RELEASED_OFFSETS["cifar10"])
-    attacks = {name: GIPIP(prior=own, iterations=iterations) for name, own in priors.items()}
-    per_batch = attacks["c calibrated"].model_copy(update={"score_per": "batch"})
-    attacks["c calibrated, per batch"] = per_batch
-    arms, stages = _equal_tv(prior, iterations), ({"as_weight": AS_WEIGHTS},)
-    for name, attack in attacks.items():
-        arms[name] = Arm(attack, stages, after="InvertingGradients")
-    alone = GIPIP(prior=prior, iterations=iterations, tv_weight=0)
-    arms["anomaly score alone"] = Arm(alone, stages)
-    return Study(tuple(_tuning(2, dataset=dataset, model="convnet16", batch_size=4)), arms)
+def three_arms(priors: Priors, **about) -> Arms:
+    """Those of `equal_tv` and of `each_at_its_best`."""
+    return equal_tv(priors, **about) | each_at_its_best(priors, **about)
 
 
-def defenses(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """What the client may do to its gradient, for 05."""
-    scenarios = []
-    for defense in DEFENSES:
-        scenarios += _tuning(3, dataset=dataset, model="convnet16", defenses=(defense,))
-    return Study(tuple(scenarios), _equal_tv(prior, iterations, masked=True))
+def adaptive(priors: Priors, **about) -> Arms:
+    """Those of `equal_tv`, by an attacker who knows the defence."""
+    return equal_tv(priors, masked=True, **about)
 
 
-def gan(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """GIAS and its opponents, for 04."""
-    generator = load_generator("cifar10-3.8%")
-    client = {"model": "convnet16", "batch_size": 4}
-    scenarios = _tuning(2, dataset=dataset, **client, statistics="shared")  # for GradInversion
-    weights = {"tv_weight": (3e-4, 1e-3, 3e-3, 1e-2)}
+def variants(priors: Priors, **about) -> Arms:
+    """Of the anomaly score."""
+    found = {name: [load_prior(f"cifar10-{name}").with_offset(0)] for name in AUTOENCODERS}
+    found["c calibrated"] = [load_prior()]
+    found["c as released"] = [prior.with_offset(RELEASED_OFFSETS["cifar10"]) for prior in priors]
+    attacks = {name: _ours(own, **about) for name, own in found.items()}
+    attacks["c calibrated, per batch"] = _ours([load_prior()], score_per="batch", **about)
     arms = {
-        "GIPIP": Arm(
-            GIPIP(prior=prior, iterations=iterations),
-            (_SMALL_TV, {"as_weight": AS_WEIGHTS}, _SMALL_TV),
-        ),
-        "LatentSearch": Arm(
-            LatentSearch(prior=generator, iterations=iterations),
-            (weights, {"learning_rate": (0.03, 0.1, 0.3)}),
-        ),
-        "GIAS": Arm(
-            GIAS(prior=generator, iterations=iterations, latent_iterations=iterations),
-            (
-                {"learning_rate": (3e-4, 1e-3, 3e-3, 1e-2)},
-                weights,
-                {"latent_learning_rate": (0.03, 0.3)},
-            ),
-        ),
-        "GradInversion": Arm(
-            GradInversion(iterations=iterations),
-            (
-                {"statistics_weight": (0.01, 0.1, 1.0)},
-                {"tv_weight": (3e-3, 1e-2, 3e-2)},
-                {"group_weight": (0.0, 0.1)},
-            ),
-        ),
+        name: Tuned(own, ("as_weight",), after="InvertingGradients")
+        for name, own in attacks.items()
     }
-    return Study(tuple(scenarios), arms)
+    alone = Tuned(_ours(priors, tv_weight=0, **about))
+    return equal_tv(priors, **about) | arms | {"anomaly score alone": alone}
 
 
-def _three_arms(prior: AnomalyScore, iterations: int) -> dict[str, Arm]:
-    """λ_TV for Inverting Gradients, then λ_AS for GIPIP at that λ_TV, then λ_TV for
-    GIPIP at that λ_AS.
-    """
-    baseline = InvertingGradients(iterations=iterations)
-    ours = GIPIP(prior=prior, iterations=iterations)
-    scores = ({"as_weight": (0.05, 0.2, 1.0)},)
+def _gias(generator: str, iterations: int) -> GIAS:
+    """In the time that other attacks take for so many iterations."""
+    stages = {"latent_iterations": iterations // 4, "iterations": iterations // 2}
+    return GIAS(prior=load_generator(generator), **stages)
+
+
+def generators(priors: Priors, iterations: int) -> Arms:
+    """GIAS and its opponents."""
+    search = LatentSearch(prior=load_generator("cifar10-3.8%"), iterations=iterations)
+    rates = ("learning_rate", "latent_learning_rate", "tv_weight")
     return {
-        "InvertingGradients": Arm(baseline, (_PHOTOGRAPHS_TV,)),
-        EQUAL: Arm(ours, scores, after="InvertingGradients"),
-        "GIPIP": Arm(ours, (_PHOTOGRAPHS_TV,), after=EQUAL),
+        "GIPIP": Tuned(_ours(priors, iterations=iterations)),
+        "LatentSearch": Tuned([search], ("tv_weight", "learning_rate")),
+        "GIAS": Tuned([_gias("cifar10-3.8%", iterations)], rates),
+        "GradInversion": Tuned([GradInversion(iterations=iterations)]),
     }
 
 
-def imagenet64(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """Photographs, for 06."""
-    scenarios = []
-    for size, count in {1: 4, 4: 2, 8: 2}.items():
-        scenarios += _tuning(count, dataset=dataset, model="convnet16", batch_size=size)
-    return Study(tuple(scenarios), _three_arms(prior, iterations))
+def generators_of_photographs(priors: Priors, iterations: int) -> Arms:
+    """GIAS."""
+    return {"GIAS": Tuned([_gias("imagenet64", iterations)], ("learning_rate", "tv_weight"))}
 
 
-def imagenet64_resnet18(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """Photographs and the paper's network, for 06."""
-    scenarios = _tuning(4, dataset=dataset, model="resnet18")
-    return Study(tuple(scenarios), _three_arms(prior, iterations))
+class Study(NamedTuple):
+    """What is tuned for which conditions, at the iterations at which it is judged."""
+
+    arms: Callable[..., Arms]
+    conditions: list[dict]
+    iterations: int
+    dataset: str = "cifar10"
 
 
-def imagenet64_gan(prior: AnomalyScore, iterations: int, dataset: str) -> Study:
-    """GIAS on photographs, for 06."""
-    latent = {"prior": load_generator("imagenet64"), "latent_iterations": iterations // 2}
-    gias = GIAS(iterations=iterations, **latent)
-    stages = ({"learning_rate": (1e-3, 3e-3, 1e-2)}, {"tv_weight": (1e-3, 3e-3, 1e-2)})
-    scenarios = _tuning(4, dataset=dataset, model="convnet16")
-    return Study(tuple(scenarios), {"GIAS": Arm(gias, stages)})
+_SMALL = {"model": "convnet16"}
+_BATCHES = [_SMALL | {"batch_size": size} for size in (1, 4, 8)]
+_NETWORKS = [batch | {"model": model} for model in ("convnet", "resnet18") for batch in _BATCHES]
+_SIZES = [
+    _SMALL | {"batch_size": size, "distinct_labels": size <= 10} for size in (1, 2, 4, 8, 12, 16)
+]
+_EPOCHS = [_SMALL | {"epochs": epochs} for epochs in (40, 60, 80, 100)]
+_DEFENDED = [_SMALL | {"defenses": (defense,)} for defense in DEFENSES]
+_FOUR = _SMALL | {"batch_size": 4}
+_RESNET = [{"model": "resnet18"}]
 
-
-STUDIES = {  # how each is built, the iterations of its attacks, the data set and the prior
-    "main": (main_study, 300, "cifar10"),
-    "conditions": (conditions, 100, "cifar10"),
-    "variants": (variants, 100, "cifar10"),
-    "defenses": (defenses, 100, "cifar10"),
-    "gan": (gan, 100, "cifar10"),
-    "imagenet64": (imagenet64, 100, "imagenet64"),
-    "imagenet64-resnet18": (imagenet64_resnet18, 300, "imagenet64"),
-    "imagenet64-gan": (imagenet64_gan, 100, "imagenet64"),
+STUDIES = {
+    "main": Study(each_at_its_best, _NETWORKS, 300),  # 02
+    "conditions": Study(equal_tv, _SIZES + _EPOCHS, 100),  # 03
+    "variants": Study(variants, [_FOUR], 100),  # 03
+    "gan": Study(generators, [_FOUR | {"statistics": "shared"}], 100),  # 04
+    "defenses": Study(adaptive, _DEFENDED, 100),  # 05
+    "imagenet64": Study(three_arms, _BATCHES, 100, "imagenet64"),  # 06
+    "imagenet64-resnet18": Study(three_arms, _RESNET, 500, "imagenet64"),  # 06
+    "imagenet64-gan": Study(generators_of_photographs, [_SMALL], 100, "imagenet64"),  # 06
 }
 
 
-def study(name: str, iterations: int | None = None, dataset: str | None = None) -> Study:
-    """One of STUDIES, with the anomaly score that ships, c = 0."""
-    build, usual, images = STUDIES[name]
-    return build(load_prior(images).with_offset(0), iterations or usual, dataset or images)
+def study_arms(study: Study, iterations: int | None = None) -> Arms:
+    """With the anomaly scores that ship, c = 0."""
+    cifar10 = study.dataset == "cifar10"
+    priors = three_priors("cifar10") if cifar10 else [load_prior(study.dataset).with_offset(0)]
+    return study.arms(priors, iterations=iterations or study.iterations)
+
+
+def tune_all(study: Study, dataset: str, arms: Arms, **options) -> pandas.DataFrame:
+    """All that was tried; each arm starts from what ships for it."""
+    shipped, tables = read_tuned()["settings"], []
+    for about in study.conditions:
+        scenarios, found = tuning_units(dataset=dataset, **about), {}
+        for name, (attacks, settings, after) in arms.items():
+            start = shipped.get(scenarios[0].condition, {}).get(name, {}) | found.get(after, {})
+            arm = [attack.model_copy(update=start) for attack in attacks]
+            found[name], tried = tune(arm, scenarios, settings, name=name, **options)
+            tables.append(tried)
+    return pandas.concat(tables, ignore_index=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -215,19 +186,12 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked = _arguments()
-    chosen = study(asked.study, asked.iterations, asked.dataset)
-    settings, grid = tune(chosen, store=asked.store, workers=asked.workers)
-    attacks = {name: arm.attack for name, arm in chosen.arms.items()}
-    with_prior = {name: attack for name, attack in attacks.items() if hasattr(attack, "prior")}
-    made = {
-        "command": f"python data/tune_weights.py {asked.study}",
-        "dataset": chosen.scenarios[0].dataset,
-        "priors": {name: attack.prior.fingerprint for name, attack in with_prior.items()},
-        "iterations": {name: attack.iterations for name, attack in attacks.items()},
-        "criterion": "highest mean PSNR on tuning images",
-        **provenance(),
-    }
-    print(f"Saved: {write_tuned(asked.output, asked.study, settings, grid, made)}")
+    study = STUDIES[asked.study]
+    arms = study_arms(study, asked.iterations)
+    dataset = asked.dataset or study.dataset
+    tried = tune_all(study, dataset, arms, store=asked.store, workers=asked.workers)
+    about = {"command": f"python data/tune_weights.py {asked.study}", "dataset": dataset}
+    print(f"Saved: {write_tuned(asked.output, asked.study, tried, **about)}")
 
 
 if __name__ == "__main__":

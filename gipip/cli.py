@@ -291,3 +291,55 @@ def train(
     lowest = min(prior.provenance["history"][measure], default=float("nan"))
     typer.echo(f"Lowest {measure}: {lowest:.5f}")
     typer.echo(f"Saved: {prior.save(output or Path('results') / f'{what}.safetensors')}")
+
+
+@app.command()
+def tune(
+    name: Annotated[str, Option("--attack", help="Such as ig; a wrong name lists all.")] = "gipip",
+    model: Annotated[
+        str, Option(help="Untrained resnet18, convnet, convnet16 or lenet.")
+    ] = "convnet",
+    batch_size: Annotated[int, Option(min=1, help="Images that the client holds.")] = 1,
+    dataset: Annotated[str, Option(help="cifar10, or photographs that you prepared.")] = "cifar10",
+    iterations: Annotated[int | None, Option(min=1, help="By default the attack's.")] = None,
+    evaluations: Annotated[int, Option(min=1, help="How many points are tried.")] = 24,
+    images: Annotated[int | None, Option(min=1, help="By default 16, or 32 from B = 8.")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Processes; two, or fewer cores.")] = None,
+    store: Annotated[Path, Option(help="Of finished attacks.")] = Path("results"),
+    output: Annotated[Path, Option(dir_okay=False)] = Path("results/tuned.json"),
+):
+    """Choose an attack's weights for one condition, on tuning images that are never reported.
+
+    A pattern search from the weights that ship, or the attack's own. Prints every point tried and
+    the one of highest mean PSNR, and writes both in the format of data/tuned.json. Every finished
+    attack is kept in the store: after an interruption the same command goes on where it was.
+    """
+    from gipip.experiments import tuning
+
+    kind = _attack_named(name)
+    statistics = "shared" if kind.needs_statistics else "withheld"
+    about = {"dataset": dataset, "model": model, "batch_size": batch_size, "statistics": statistics}
+    scenarios = tuning.tuning_units(images, **about)
+    settings = _prior_setting(kind, None, dataset.split("-")[0])
+    if isinstance(settings.get("prior"), gipip.AnomalyScore):
+        settings["prior"] = settings["prior"].with_offset(0)  # as in weights that ship
+    settings |= {"iterations": iterations} if iterations else {}
+    start = _tuned_or_default(kind, scenarios[0].condition, settings)
+    how: dict[str, Any] = {"store": store, "workers": workers, "enough": images}
+    best, tried = tuning.tune(start, scenarios, evaluations=evaluations, **how)
+    condition = scenarios[0].condition
+    typer.echo(f"\nTried for {condition}:\n{_points(tried)}")
+    typer.echo(f"Chosen: {', '.join(f'{name} {value:g}' for name, value in best.items())}")
+    path = tuning.write_tuned(
+        output, f"{kind.__name__} on {condition}", tried, command="gipip tune"
+    )
+    typer.echo(f"Saved: {path}")
+
+
+def _points(tried) -> str:
+    """A line each: settings, metrics, images and iterations."""
+    import pandas
+
+    settings = pandas.DataFrame(tried["settings"].tolist())
+    measured = tried.drop(columns=["condition", "arm", "settings"])
+    return settings.join(measured).to_string(index=False, float_format="{:.4g}".format)

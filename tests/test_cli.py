@@ -93,7 +93,9 @@ def generator(tmp_path):
     return small.save(tmp_path / "generator.safetensors")
 
 
-@pytest.mark.parametrize("command", [(), ("reproduce",), ("attack",), ("data",), ("train",)])
+@pytest.mark.parametrize(
+    "command", [(), ("reproduce",), ("attack",), ("data",), ("train",), ("tune",)]
+)
 def test_every_command_has_a_help_text_and_helps_with_each_option(command):
     text = succeeds(*command, "--help")
     assert "Usage" in text
@@ -433,3 +435,27 @@ def test_ctrl_c_ends_with_130_and_without_a_traceback(monkeypatch):
     result = gipip_command("data", "cifar10")
     assert result.exit_code == 130
     assert "Stopped." in result.stderr
+
+
+# Tuning -------------------------------------------------------------------------
+
+
+def test_tune_prints_and_writes_what_it_tried_and_chose_and_goes_on_from_the_store(tmp_path):
+    output = tmp_path / "tuned.json"
+    options = ["--attack", "ig", "--iterations", 1, "--evaluations", 3, "--images", 2]
+    folders = ["--store", tmp_path, "--output", output]
+    text = succeeds("tune", *options, *folders)
+    study = json.loads(output.read_text())["studies"]["InvertingGradients on cifar10/convnet/B=1"]
+    points = [row["settings"]["tv_weight"] for row in study["grid"]]
+    assert points == pytest.approx([0.5, 0.5 * 10**0.5, 0.5 / 10**0.5], rel=1e-5)
+    assert {(row["images"], row["iterations"]) for row in study["grid"]} == {(2, 1)}
+    best = max(study["grid"], key=lambda row: row["psnr"])["settings"]
+    settings = json.loads(output.read_text())["settings"]["cifar10/convnet/B=1"]
+    assert settings["InvertingGradients"] == best
+    assert f"Chosen: tv_weight {best['tv_weight']:g}" in text and f"Saved: {output}" in text
+    again = gipip_command("tune", *options, *folders)
+    assert again.stdout == text and "to compute" not in again.stderr
+
+
+def test_tune_refuses_what_has_no_weights():
+    assert "DLG has no weight above 0 to tune" in fails("tune", "--attack", "dlg", "--images", 1)

@@ -1,95 +1,158 @@
-"""Attack weights chosen on tuning images, with the same effort for every arm, and
-shipped as `data/tuned.json`; `data/tune_weights.py` holds the studies that made it.
+"""Attack weights chosen on tuning images, with the same effort for every arm, and shipped as
+`data/tuned.json`; `data/tune_weights.py` made it, `gipip tune` does the same for one condition.
 
-A study is a list of scenarios on tuning images and the arms to tune on them. An arm is
-tuned in stages: each tries all combinations of a few settings on every scenario, and
-the combination of highest mean PSNR in a condition (`Scenario.condition`) is where the
-next starts.
+    scenarios = tuning_units(model="convnet", batch_size=4)
+    settings, tried = tune(gipip.InvertingGradients(iterations=100), scenarios, store="results")
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas
 
 from gipip.attacks.base import Attack
 from gipip.errors import DataError
-from gipip.experiments.scenario import Run, Scenario
-from gipip.experiments.sweep import sweep
+from gipip.experiments.arms import Arm, runs, units
+from gipip.experiments.scenario import Scenario
+from gipip.experiments.sweep import provenance, sweep
 from gipip.files import DATA
 
-Stage = Mapping[str, Sequence]
+Point = dict[str, float]
 _METRICS = ["psnr", "ssim", "lpips"]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """An attack and the stages in which it is tuned. `after`: the arm whose tuned
-    settings it takes over first, e.g. its λ_TV.
+def tuning_units(images: int | None = None, **about) -> list[Scenario]:
+    """Scenarios on so many tuning images or a few more; by default enough of them to tune on: 16,
+    and 32 in batches of 8 or more. `about`: the other fields of `Scenario`.
     """
-
-    attack: Attack
-    stages: tuple[Stage, ...]
-    after: str | None = None
+    size = about.get("batch_size", 1)
+    return units(math.ceil((images or _enough(size)) / size), pool="tuning", **about)
 
 
-@dataclass(frozen=True)
-class Study:
-    """What is tuned together: scenarios on tuning images, and arms by the name under
-    which their settings are kept.
+def tune(
+    arm: Arm,
+    scenarios: Sequence[Scenario],
+    settings: Sequence[str] = (),
+    *,
+    name: str = "",
+    evaluations: int = 24,
+    factor: float = 10**0.5,
+    enough: int | None = None,
+    **sweep_options,
+) -> tuple[Point, pandas.DataFrame]:
+    """The settings of highest mean PSNR on the scenarios, and a row for every point tried.
+
+    `settings`: what `pattern_search` varies, from the arm's own values; by default all weights of
+    its cost that are not 0. `evaluations`, `factor`: of that search. `name`: of the arm, by default
+    its class's. `sweep_options`: store, executor, workers, as for `sweep`. The rows hold condition,
+    arm, settings, psnr, ssim, lpips, and the numbers of images and iterations.
+
+    Raises DataError unless all scenarios are of one condition, on the tuning pool, with `enough`
+    images (by default 16, and 32 in batches of 8 or more), and for a setting that cannot be tuned.
     """
+    _require(scenarios, enough)
+    attacks = [arm] if isinstance(arm, Attack) else list(arm)
+    first, tables = attacks[0], []
+    kept = {each: value for each, value in first if each.endswith("_weight")}
 
-    scenarios: tuple[Scenario, ...]
-    arms: Mapping[str, Arm]
+    def measure(points: list[Point]) -> list[float]:
+        arms = {json.dumps(kept | point): _changed(attacks, point) for point in points}
+        tables.append(_measured(arms, scenarios, **sweep_options))
+        return tables[-1]["psnr"].tolist()
+
+    pattern_search(measure, _start(first, settings), evaluations, factor)
+    tried = pandas.concat(tables, ignore_index=True)
+    tried.insert(1, "arm", name or type(first).__name__)
+    tried["iterations"] = first.iterations
+    return tried["settings"].tolist()[tried["psnr"].argmax()], tried
 
 
-def tune(study: Study, **sweep_options) -> tuple[dict, pandas.DataFrame]:
-    """The settings of highest mean PSNR, {condition: {arm: {setting: value}}}, and
-    every combination that was tried, a row each.
+def pattern_search(
+    measure: Callable[[list[Point]], Sequence[float]],
+    start: Point,
+    evaluations: int,
+    factor: float = 10**0.5,
+) -> None:
+    """Search the point of highest measure, on a logarithmic lattice that has no edge, by measuring
+    exactly so many different points, several at a time.
 
-    `sweep_options`: store, executor, workers, as for `sweep`. Raises DataError for a
-    scenario that is not on tuning images.
+    `start`, of positive values, is first; then, again and again, the best point's neighbours: each
+    of its values times and divided by `factor`. When none is better, the factor's square root takes
+    its place.
     """
-    for scenario in study.scenarios:
-        if scenario.pool != "tuning":
-            wrong = f"{scenario} is on the {scenario.pool} pool. Use pool='tuning'."
-            raise DataError(f"Weights are tuned on tuning images only: {wrong}")
-    settings: dict = {scenario.condition: {} for scenario in study.scenarios}
-    tried = []
-    for name, arm in study.arms.items():
-        for condition in settings.values():
-            condition[name] = dict(condition[arm.after]) if arm.after else {}
-        for stage in arm.stages:
-            table = _try(study, name, stage, settings, sweep_options)
-            tried.append(table)
-            best = table.loc[table.groupby("condition", sort=False)["psnr"].idxmax()]
-            for row in best.itertuples():
-                settings[row.condition][name] |= row.settings
-    return settings, pandas.concat(tried, ignore_index=True)
+    best, step = (0.0,) * len(start), 1.0
+    scores: dict[tuple[float, ...], float] = {}
+    new = [best]
+    while len(scores) < evaluations:
+        if new:
+            measured = measure([_point(start, factor, place) for place in new])
+            scores |= dict(zip(new, measured, strict=True))
+            best = max(scores, key=scores.__getitem__)
+        else:
+            step /= 2
+        new = [place for place in _neighbours(best, step) if place not in scores]
+        new = new[: evaluations - len(scores)]
 
 
-def _try(
-    study: Study, name: str, stage: Stage, settings: dict, sweep_options: dict
+def _point(start: Point, factor: float, place: Sequence[float]) -> Point:
+    """The values so many factors from the start."""
+    powers = dict(zip(start, place, strict=True))
+    return {each: float(f"{start[each] * factor ** powers[each]:.6g}") for each in start}
+
+
+def _neighbours(place: tuple[float, ...], step: float) -> Iterator[tuple[float, ...]]:
+    for axis, power in enumerate(place):
+        for there in (power + step, power - step):
+            yield (*place[:axis], there, *place[axis + 1 :])
+
+
+def _changed(attacks: Iterable[Attack], point: Point) -> list[Attack]:
+    return [attack.model_copy(update=point) for attack in attacks]
+
+
+def _measured(
+    arms: Mapping[str, Arm], scenarios: Sequence[Scenario], **sweep_options
 ) -> pandas.DataFrame:
-    """A row for each condition and each combination of the stage's values: mean metrics
-    over the condition's scenarios.
-    """
-    attack = study.arms[name].attack
-    points = [dict(zip(stage, values, strict=True)) for values in product(*stage.values())]
-    runs, about = [], []
-    for scenario, point in product(study.scenarios, points):
-        chosen = settings[scenario.condition][name] | point
-        runs.append(Run(name, scenario, type(attack)(**dict(attack) | chosen)))
-        about.append((scenario.condition, name, json.dumps(chosen)))
-    keys = ["condition", "arm", "settings"]
-    results = sweep(runs, **sweep_options)
-    means = pandas.DataFrame([result.metrics[_METRICS].mean() for result in results])
-    rows = pandas.DataFrame(about, columns=keys).join(means)
-    table = rows.groupby(keys, sort=False, as_index=False).mean()
-    return table.assign(settings=table["settings"].map(json.loads))
+    """A row for each arm, named by its settings: means over all images."""
+    images = sweep(runs(scenarios, arms), **sweep_options).frame().groupby("arm", sort=False)
+    table = images[_METRICS].mean().reset_index(names="settings")
+    table["settings"] = table["settings"].map(json.loads)
+    table.insert(0, "condition", scenarios[0].condition)
+    return table.assign(images=images.size().tolist())
+
+
+def _enough(batch_size: int) -> int:
+    return 32 if batch_size >= 8 else 16
+
+
+def _require(scenarios: Sequence[Scenario], enough: int | None) -> None:
+    conditions = sorted({scenario.condition for scenario in scenarios})
+    if len(conditions) != 1:
+        given = ", ".join(conditions) or "none"
+        raise DataError(f"Weights are tuned for one condition at a time. Given: {given}.")
+    if {scenario.pool for scenario in scenarios} != {"tuning"}:
+        raise DataError("Weights are tuned on tuning images only. Use pool='tuning'.")
+    images = sum(scenario.batch_size for scenario in set(scenarios))
+    least = _enough(scenarios[0].batch_size) if enough is None else enough
+    if images < least:
+        raise DataError(
+            f"{images} tuning images are too few for {conditions[0]}: expected at least {least}. "
+            "Give more scenarios, or say by `enough` that so few will do."
+        )
+
+
+def _start(attack: Attack, settings: Sequence[str]) -> Point:
+    """The attack's own values of what is tuned."""
+    values = {each: value for each, value in attack if isinstance(value, float) and value > 0}
+    names = list(settings) or [each for each in values if each.endswith("_weight")]
+    wrong = [each for each in names if each not in values]
+    if wrong or not names:
+        missing, found = ", ".join(wrong) or "weight", ", ".join(values) or "nothing"
+        kind = type(attack).__name__
+        raise DataError(f"{kind} has no {missing} above 0 to tune. It has: {found}.")
+    return {each: values[each] for each in names}
 
 
 def read_tuned() -> dict:
@@ -99,18 +162,20 @@ def read_tuned() -> dict:
     return json.loads((DATA / "tuned.json").read_text())
 
 
-def write_tuned(
-    path: Path | str, name: str, settings: dict, grid: pandas.DataFrame, made: dict
-) -> Path:
-    """Add a study to the file `path` (made from what ships when it is not there), in
-    place of an earlier one of that name, as JSON.
+def write_tuned(path: Path | str, study: str, tried: pandas.DataFrame, **made) -> Path:
+    """Add what `tune` tried, of one or more arms and conditions, to the file `path` (made from what
+    ships when it is not there) in place of an earlier study of that name, and the best as settings.
+
+    `made`: what else to note beside machine, versions and date, such as the command.
     """
     path = Path(path)
     content = json.loads(path.read_text()) if path.exists() else read_tuned()
-    for condition, arms in settings.items():
-        content["settings"].setdefault(condition, {}).update(arms)
-    rows = grid.round(dict.fromkeys(_METRICS, 4)).to_dict("records")
-    content["studies"][name] = {"made": made, "grid": rows}
+    best = tried.loc[tried.groupby(["condition", "arm"], sort=False)["psnr"].idxmax()]
+    for row in best.itertuples():
+        content["settings"].setdefault(row.condition, {})[row.arm] = row.settings
+    made |= {"criterion": "highest mean PSNR on tuning images", **provenance()}
+    rows = tried.round(dict.fromkeys(_METRICS, 4)).to_dict("records")
+    content["studies"][study] = {"made": made, "grid": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
