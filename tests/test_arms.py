@@ -4,12 +4,12 @@ import numpy
 import pandas
 import pytest
 import torch
-from gipip.evaluation.references import REFERENCES, mean_image
 
 from gipip.data.datasets import load_dataset
+from gipip.evaluation.references import REFERENCES, mean_image
 from gipip.experiments import arms, endpoints, show
 from gipip.experiments.claims import collect_findings, save_findings
-from gipip.experiments.results import Results
+from gipip.experiments.results import ASSUMPTIONS, Results
 from gipip.experiments.scenario import Run
 from gipip.experiments.store import Result
 from gipip.priors.autoencoder import load_prior
@@ -25,7 +25,7 @@ def result(run: Run, gain: float) -> Result:
     metrics["psnr"] += gain
     metrics["ssim"] += gain / 100
     truth = run.scenario.batch().images
-    assumptions = dict.fromkeys(set(show.ABOUT) - {"iterations", "machine"}, "made up")
+    assumptions = dict.fromkeys(set(ASSUMPTIONS) - {"iterations", "machine"}, "made up")
     about = {"assumptions": assumptions, "seconds": 1.0, "returned": "last"}
     about["made"] = {"machine": "none"}
     return Result(run, truth / 2, truth, torch.tensor([0, 1]), {}, metrics, about)

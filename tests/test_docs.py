@@ -4,17 +4,17 @@ measured number stands in a generated section.
 
 import ast
 import importlib
+import json
 import re
 import tomllib
 from pathlib import Path
 
-import pandas
 import pytest
 import typer
 
 import gipip
 from gipip.cli import app
-from gipip.experiments.claims import write_readme_section
+from gipip.experiments.claims import collect_findings, write_findings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -93,19 +93,41 @@ def test_every_extra_exists(page):
 
 
 MEASURED = re.compile(
-    r"\d+(?:[.,]\d+)?[  ]?(?:dB|%|ms|s|seconds?|minutes?|hours?|[GM]i?B|×|times)(?!\w)|[+−]\d"
+    r"\d+(?:[.,]\d+)?[  ]?(?:dB|%|ms|s|seconds?|minutes?|hours?|[GM]i?B|×|times)(?!\w)"
+    r"|[+−]\d|(?<!\d)0?\.\d{2,}"  # differences; SSIM, LPIPS and shares
+    r"|\d[\d,]* (?:[a-z]+ )?(?:images|photographs|batches|runs)"
 )
-GIVEN = {  # what the paper reports, the settings of an experiment and the conventions of statistics
-    "16.12 dB",
-    "3.8 %",
-    "95 %",
+GIVEN = {  # what the paper reports, conventions of statistics, settings, and sizes of data sets
+    *("16.12 dB", "3.8 %", "70 %", "95 %", "0.05", "1 dB", "0.25", "0.001", "0.003", "0.01"),
+    *("1,900 images", "1,900 public images", "1,900 auxiliary images", "50,000 training images"),
+    *("2,356 images", "760 images", "32 images", "16 images"),
+    *("20 photographs", "48,600 photographs", "3.79 %"),
 }
+
+
+def markdown(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 @EACH_PAGE
 def test_measured_numbers_stand_in_generated_sections_only(page):
     text = re.sub(r"\d+×\d+", "", prose(page))  # sizes of images
     assert set(MEASURED.findall(text)) <= GIVEN
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("notebooks/*.ipynb")))
+def test_no_measured_number_is_typed_into_a_notebook(name):
+    text = re.sub(r"\d+×\d+", "", markdown(ROOT / "notebooks" / name))
+    assert set(MEASURED.findall(text)) <= GIVEN
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["16.9 dB", "SSIM .337", "LPIPS 0.21", "+0.25 [", "in 40 minutes", "31 images", "12.8 %"],
+)
+def test_a_measured_number_is_found(text):
+    assert set(MEASURED.findall(text)) - GIVEN
 
 
 @EACH_PAGE
@@ -138,8 +160,9 @@ def test_the_tables_of_claims_are_those_of_the_figures(tmp_path, name):
     for page in ("README.md", "docs/claims.md"):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_bytes((ROOT / page).read_bytes())
-    table = pandas.read_csv(ROOT / "figures" / "claims.csv")
-    assert write_readme_section(tmp_path / "README.md", table)
+    for path in (ROOT / "figures").glob("[0-9]*_*s.csv"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert write_findings(tmp_path / "README.md", *collect_findings(tmp_path))
     assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
 
 

@@ -26,7 +26,7 @@ from gipip.errors import DamagedFileError, DataError, ModelError, StoreError
 from gipip.evaluation.statistics import paired_difference
 from gipip.experiments import sweep as sweeps
 from gipip.experiments import version
-from gipip.experiments.results import Results
+from gipip.experiments.results import Results, quality_table
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.store import Result, ResultStore
 from gipip.experiments.sweep import execute, shipped_results, sweep
@@ -845,7 +845,7 @@ def test_batches_of_other_classes_are_other_batches():
 
 
 def test_the_table_has_a_row_an_arm_and_setting_with_intervals_and_assumptions(results):
-    table = results.table(["psnr"])
+    table = quality_table(results.frame(), ["psnr"])
     assert list(zip(table["attack"], table["batch size"], table["images"], strict=True)) == [
         ("IG", 1, 3),
         ("GI-PIP", 1, 4),
@@ -865,17 +865,18 @@ def test_the_table_does_not_average_over_different_assumptions():
         made_up("IG", [10.0]),
         made_up("IG", [30.0], mode="train", about={"BatchNorm": "train mode"}.items()),
     ]
-    table = Results(parts).table(["psnr"])
+    table = quality_table(Results(parts).frame(), ["psnr"])
     assert list(table["BatchNorm"]) == ["eval mode", "train mode"] and table["psnr"][1].startswith(
         "30.000"
     )
 
 
 def test_the_table_does_not_average_over_untrained_and_trained_clients():
-    table = Results(
+    results = Results(
         made_up("IG", [psnr], model="convnet16", epochs=epochs)
         for epochs, psnr in {0: 30.0, 40: 20.0}.items()
-    ).table(["psnr"])
+    )
+    table = quality_table(results.frame(), ["psnr"])
     assert list(table["model"]) == ["convnet16", "convnet16@40"]
     assert [text.split()[0] for text in table["psnr"]] == ["30.000", "20.000"]
 
@@ -885,7 +886,7 @@ def test_the_table_shows_the_share_identified_among_how_many_and_nothing_where_n
     for part, found in zip(parts, ([0.0, 1.0], [0.0, 0.0]), strict=True):
         part.metrics["identified"], part.metrics["candidates"] = found, 256
     earlier = made_up("earlier", [10.0, 11.0])
-    table = Results([*parts, earlier]).table()
+    table = quality_table(Results([*parts, earlier]).frame())
     assert table["identified"][0].startswith("0.250 [") and table["candidates"][0] == 256
     assert table.loc[1, ["identified", "candidates"]].isna().all()
     assert "ssim_padded" not in table and table["lpips"].notna().all()

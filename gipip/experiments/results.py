@@ -11,7 +11,12 @@ from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from gipip.experiments.store import Result
 
-_METRICS = ("psnr", "ssim", "ssim_padded", "lpips", "identified")
+METRICS = ("psnr", "ssim", "ssim_padded", "lpips", "identified")
+ASSUMPTIONS = (
+    *("iterations", "labels", "BatchNorm", "local training", "defence", "auxiliary data"),
+    "machine",
+)
+"""Columns of a frame that say how an arm was run, and what it assumes."""
 
 
 class Results(Sequence):
@@ -52,25 +57,6 @@ class Results(Sequence):
             raise DataError(f"There are no results to make a table of. {advice}")
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
-    def table(self, metrics: Sequence[str] = _METRICS) -> pandas.DataFrame:
-        """A row for each model, batch size, arm and set of assumptions: means with 95 % bootstrap
-        intervals over batches.
-
-        Without those of the metrics that were not measured on every image of the row. Beside
-        `identified`, a share, stand the `candidates`: by chance it is 1 in so many.
-        """
-        rows = []
-        for (model, epochs, size, arm, *about), part in self.frame().groupby(_KEYS, sort=False):
-            row = {"model": f"{model}@{epochs}" if epochs else model, "batch size": size}
-            row |= {"attack": arm, "images": len(part)}
-            for name in metrics:
-                if name in part and part[name].notna().all():
-                    row[name] = f"{bootstrap_interval(part[name], groups=part['batch']):.3f}"
-            if "identified" in row:
-                row["candidates"] = int(part["candidates"].max())
-            rows.append(row | dict(zip(_ASSUMPTIONS, about, strict=True)))
-        return pandas.DataFrame(rows)
-
     def difference(self, a: Mapping, b: Mapping, metric: str = "psnr") -> Interval:
         """Mean of a − b in `metric` over the private images that both attacked, with
         its 95 % bootstrap interval over batches.
@@ -97,16 +83,30 @@ class Results(Sequence):
         return self.difference({"arm": arm, **where}, {"arm": baseline, **where}, metric)
 
 
-_ASSUMPTIONS = (
-    *("iterations", "labels", "BatchNorm", "local training", "defence", "auxiliary data"),
-    "machine",
-)
-_KEYS = ["model", "epochs", "batch_size", "arm", *_ASSUMPTIONS]
-
-
 def _fits(result: Result, wanted: Mapping) -> bool:
     for name, value in wanted.items():
         found = result.run.arm if name == "arm" else getattr(result.run.scenario, name)
         if found != value:
             return False
     return True
+
+
+def quality_table(frame: pandas.DataFrame, metrics: Sequence[str] = METRICS) -> pandas.DataFrame:
+    """A row for each model, batch size, arm and set of assumptions of a frame of results: means
+    with 95 % bootstrap intervals over batches.
+
+    Without those of the metrics that were not measured on every image of the row. Beside
+    `identified`, a share, stand the `candidates`: by chance it is 1 in so many.
+    """
+    rows = []
+    keys = ["model", "epochs", "batch_size", "arm", *ASSUMPTIONS]
+    for (model, epochs, size, arm, *about), part in frame.groupby(keys, sort=False):
+        row = {"model": f"{model}@{epochs}" if epochs else model, "batch size": size}
+        row |= {"attack": arm, "images": len(part)}
+        for name in metrics:
+            if name in part and part[name].notna().all():
+                row[name] = f"{bootstrap_interval(part[name], groups=part['batch']):.3f}"
+        if "identified" in row:
+            row["candidates"] = int(part["candidates"].max())
+        rows.append(row | dict(zip(ASSUMPTIONS, about, strict=True)))
+    return pandas.DataFrame(rows)

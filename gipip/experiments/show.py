@@ -28,22 +28,16 @@ from gipip.evaluation.anomalies import auroc
 from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.published import published
 from gipip.evaluation.references import REFERENCES, at_psnr, mean_image, references
-from gipip.evaluation.statistics import Interval, bootstrap_interval
+from gipip.evaluation.statistics import Interval
 from gipip.experiments.claims import Comparison, save_findings
 from gipip.experiments.endpoints import Endpoint, MeanImage
-from gipip.experiments.results import Results
+from gipip.experiments.results import ASSUMPTIONS, Results, quality_table
 from gipip.experiments.sweep import sweep
 from gipip.federation.models import Images
 from gipip.figures import PAGE, image_grid, interval_dots, paired_effect, save_figure, use_style
 from gipip.priors.autoencoder import AnomalyScore
 from gipip.priors.gan import GenerativePrior
 
-METRICS = ("psnr", "ssim", "ssim_padded", "lpips", "identified")
-ABOUT = (
-    *("iterations", "labels", "BatchNorm", "local training", "defence", "auxiliary data"),
-    "machine",
-)
-"""Columns of a frame that say how an arm was run, and what it assumes."""
 NOTHING = "–"
 """In tables, where a column does not apply."""
 
@@ -100,7 +94,7 @@ def with_references(results: Results, mean_image: MeanImage) -> pandas.DataFrame
     frames = [results.frame()]
     for result in {result.run.scenario: result for result in results}.values():
         pool = result.run.scenario.candidates()
-        unknown = dict.fromkeys(set(ABOUT) & set(frames[0]), NOTHING)
+        unknown = dict.fromkeys(set(ASSUMPTIONS) & set(frames[0]), NOTHING)
         for name, images in references(result.truth, mean_image).items():
             measured = evaluate(images, result.truth, pool=pool)
             frames.append(result.frame().assign(arm=name, **unknown, **measured))
@@ -108,18 +102,8 @@ def with_references(results: Results, mean_image: MeanImage) -> pandas.DataFrame
 
 
 def quality(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """A row for each model, batch size, arm and set of assumptions of a frame of results: means
-    with 95 % bootstrap intervals over batches. What is the same in all rows is printed above.
-    """
-    frame = frame.assign(trained=frame["epochs"].map("{} epochs".format))
-    rows = []
-    for key, part in frame.groupby(["model", "trained", "batch_size", "arm", *ABOUT], sort=False):
-        row = dict(zip(["client", "trained", "batch size", "attack"], key[:4], strict=True))
-        row["images"] = len(part)
-        for metric in METRICS:
-            row[metric] = f"{bootstrap_interval(part[metric], groups=part['batch']):.3f}"
-        rows.append(row | dict(zip(ABOUT, key[4:], strict=True)))
-    return captioned(pandas.DataFrame(rows))
+    """The `quality_table` of a frame; what is the same in all rows is printed above it."""
+    return captioned(quality_table(frame).fillna(NOTHING))
 
 
 def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
