@@ -12,7 +12,6 @@ from .attacks.view import Reconstruction as Reconstruction
 from .data.datasets import Dataset as Dataset
 from .data.datasets import LabeledImages as LabeledImages
 from .data.datasets import load_dataset as load_dataset
-from .data.imagenet import Prepared as Prepared
 from .data.imagenet import prepare_imagenet as prepare_imagenet
 from .evaluation.metrics import evaluate as evaluate
 from .evaluation.statistics import Interval as Interval

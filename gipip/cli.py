@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 from typer import Argument, Option
 from typer.core import TyperGroup
 
 import gipip
 from gipip.errors import DataError, GipipError, OutOfTime
-
-_OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class _Commands(TyperGroup):
@@ -26,12 +23,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except OutOfTime as pause:
-            _end(str(pause), _OUT_OF_TIME)
-        except ValidationError as invalid:
-            refused = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors()]
-            _end(f"Error: {'; '.join(refused)}.", 1)
-        except ModuleNotFoundError as missing:
-            _end(f"Error: {missing.name} is not installed: pip install 'gipip[all]'.", 1)
+            _end(str(pause), 75)  # EX_TEMPFAIL of sysexits.h: try again
         except (GipipError, OSError) as error:
             _end(f"Error: {error}", 1)
         except KeyboardInterrupt:
@@ -48,19 +40,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
-        typer.echo(f"gipip {gipip.__version__}")
-        raise typer.Exit
-    return wanted
-
-
-_version = Option("--version", callback=_print_version, is_eager=True, help="Show it.")
-
-
-@app.callback()
-def main(version: Annotated[bool, _version] = False):
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, Option("--version", help="Show it.")] = False):
     """Gradient inversion attacks in federated learning, reproduced and fairly judged."""
+    if version:
+        typer.echo(f"gipip {gipip.__version__}")
 
 
 def _seconds(text: str) -> float:
@@ -72,6 +56,7 @@ def _seconds(text: str) -> float:
 
 
 _budget = Option(parser=_seconds, metavar="TIME", help="Pause after 45s, 9m or 2h.")
+_seed = Option(min=0, max=2**63 - 1, help="Of all that is random.")
 _private = Option(exists=True, file_okay=False, help="ImageNet photographs, FOLDER/class/image.")
 _auxiliary = Option(exists=True, file_okay=False, help="The attacker's images, as well.")
 
@@ -97,13 +82,7 @@ def reproduce(
 
     folders = {"private": private, "auxiliary": auxiliary}
     parameters = {name: str(path.resolve()) for name, path in folders.items() if path}
-    finished = run(
-        profile, only, in_place=in_place, output=output, parameters=parameters, budget=budget
-    )
-    for notebook in finished:
-        typer.echo(f"{notebook.copy}: {notebook.seconds:.0f} s")
-        for figure in notebook.figures:
-            typer.echo(f"  {figure}")
+    run(profile, only, in_place=in_place, output=output, parameters=parameters, budget=budget)
 
 
 @app.command()
@@ -115,11 +94,7 @@ def attack(
     labels: Annotated[Literal["given", "withheld"], Option(help="By the client.")] = "given",
     size: Annotated[int, Option(min=32, max=512, help="To which pictures are scaled.")] = 32,
     prior: Annotated[Path | None, Option(help="File of `gipip train`; else what ships.")] = None,
-    noise: Annotated[float, Option(min=0, help="Standard deviation, on the gradient.")] = 0,
-    sparsity: Annotated[float, Option(min=0, max=0.999, help="Of the gradient.")] = 0,
-    seed: Annotated[int, Option(min=0, help="Of all that is random.")] = 0,
-    engine: Annotated[str, Option(help="auto, eager, traced or cudagraph.")] = "auto",
-    chunk_size: Annotated[int | None, Option(min=1, help="Images at a time, else all.")] = None,
+    seed: Annotated[int, _seed] = 0,
     output: Annotated[Path, Option(help="Of a folder a call.")] = Path("results/attack"),
 ):
     """Reconstruct your own pictures from the gradient that a client with them would share.
@@ -131,34 +106,24 @@ def attack(
 
     from gipip.data.datasets import load_images
 
-    kind = _attack_named(name)
+    if name not in gipip.ATTACKS:
+        raise DataError(f"Unknown attack {name!r}. Known: {', '.join(sorted(gipip.ATTACKS))}.")
+    kind = gipip.ATTACKS[name]
     batch = load_images(images, size)
     output.mkdir(parents=True, exist_ok=True)
     client = gipip.build_model(model, max(10, len(batch)), image_size=size)
     client.to("cuda" if torch.cuda.is_available() else "cpu")
-    defenses: list = [gipip.GaussianNoise(std=noise)] if noise else []
-    defenses += [gipip.Sparsification(sparsity=sparsity)] if sparsity else []
-    share = gipip.Client(client).share
-    shared: Literal["shared", "withheld"] = "shared" if kind.needs_statistics else "withheld"
-    update = share(batch, labels=labels, statistics=shared, defenses=defenses)
+    statistics: Literal["shared", "withheld"] = "shared" if kind.needs_statistics else "withheld"
+    update = gipip.Client(client).share(batch, labels=labels, statistics=statistics)
     dataset = "imagenet64" if size == 64 else "cifar10"
-    settings = {"seed": seed} | _prior_setting(kind, prior, dataset)
-    settings |= {"iterations": iterations} if iterations else {}
-    settings |= {"masked": True} if sparsity and "masked" in kind.model_fields else {}
-    about = {"dataset": dataset, "model": model, "batch_size": len(batch), "defenses": defenses}
-    condition = gipip.Scenario.model_validate(about).condition
-    inverter = _tuned_or_default(kind, condition, settings)
-    result = inverter(client, update, engine=engine, chunk_size=chunk_size)
+    settings = {"seed": seed} | ({"iterations": iterations} if iterations else {})
+    settings |= _prior_setting(kind, prior, dataset)
+    condition = gipip.Scenario(dataset=dataset, model=model, batch_size=len(batch)).condition
+    result = _tuned_or_default(kind, condition, settings)(client, update)
     names = [typer.format_filename(path, shorten=True) for path in images]
     metrics = gipip.evaluate(result, batch, model=client).assign(image=names)
     _describe(result, metrics)
-    _save_pictures(batch.images, result, metrics, _new_folder(output, name))
-
-
-def _attack_named(name: str) -> "type[gipip.Attack]":
-    if name not in gipip.ATTACKS:
-        raise DataError(f"Unknown attack {name!r}. Known: {', '.join(sorted(gipip.ATTACKS))}.")
-    return gipip.ATTACKS[name]
+    _save_pictures(batch.images, result.images[metrics["matched"].tolist()], output, name)
 
 
 def _prior_setting(kind: "type[gipip.Attack]", file: Path | None, dataset: str) -> dict:
@@ -168,12 +133,8 @@ def _prior_setting(kind: "type[gipip.Attack]", file: Path | None, dataset: str) 
             raise DataError(f"The attack {kind.name} takes no prior. Leave --prior out.")
         return {}
     wanted: Any = kind.model_fields["prior"].annotation
-    if file:
-        return {"prior": wanted.load(file)}
-    if wanted is gipip.AnomalyScore:
-        return {"prior": gipip.load_prior(dataset)}
-    shipped = "cifar10-3.8%" if dataset == "cifar10" else dataset
-    return {"prior": gipip.load_generator(shipped)}
+    shipped = "cifar10-3.8%" if (wanted.kind, dataset) == ("generator", "cifar10") else dataset
+    return {"prior": wanted.load(file) if file else wanted.shipped(shipped)}
 
 
 def _tuned_or_default(kind: "type[gipip.Attack]", condition: str, settings: dict) -> "gipip.Attack":
@@ -195,6 +156,7 @@ def _describe(result: "gipip.Reconstruction", metrics) -> None:
     typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))
 
 
+<<<<<<< HEAD
 def _new_folder(parent: Path, name: str) -> Path:
     """parent/name-1, or the next number that is not taken."""
     numbered = (parent / f"{name}-{number}" for number in itertools.count(1))
@@ -223,6 +185,23 @@ def _save_pictures(private, result, metrics, folder: Path) -> None:
     rows = {"private": private[:8], "reconstruction": reconstructed[:8]}
     grid = image_grid(rows, captions)
     typer.echo(f"Picture: {save_figure('comparison', grid, metrics, folder).png}")
+=======
+def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
+    """Each reconstruction, and both rows of images in one, in output/name-1, or the next number
+    that is not taken.
+    """
+    from torchvision.utils import save_image
+
+    numbered = (output / f"{name}-{number}" for number in itertools.count(1))
+    folder = next(path for path in numbered if not path.exists())
+    folder.mkdir()
+    for number, image in enumerate(reconstructed, 1):
+        save_image(image, folder / f"{number}.png")
+    rows, scale = [*private, *reconstructed], max(1, 256 // len(private[0, 0]))
+    enlarged = [row.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for row in rows]
+    save_image(enlarged, folder / "comparison.png", nrow=len(private))
+    typer.echo(f"Reconstructions, and a comparison with the private images: {folder}")
+>>>>>>> h1
 
 
 @app.command()
@@ -236,60 +215,37 @@ def data(
     cifar10: download all of it and verify it, 184 MB. imagenet64: prepare private photographs from
     your copy of ImageNet.
     """
-    from gipip.data.download import download_cifar10
+    from gipip.data.download import cache_folder, download_cifar10
+    from gipip.files import DATA
 
     if name == "cifar10":
         typer.echo(f"The full CIFAR-10, verified: {download_cifar10()}")
     elif name == "imagenet64":
-        typer.echo(gipip.prepare_imagenet(private, auxiliary))
+        gipip.prepare_imagenet(private, auxiliary)
     else:
-        _list_data()
-
-
-def _list_data() -> None:
-    from gipip.data.download import CIFAR10_FILE, cache_folder
-    from gipip.files import DATA
-
-    photographs = "Private ImageNet photographs, by `gipip data imagenet64 --private FOLDER`"
-    places = {
-        "Ships with gipip": DATA.glob("*.safetensors"),
-        "The full CIFAR-10, by `gipip data cifar10`": cache_folder().glob(CIFAR10_FILE),
-        photographs: cache_folder().glob("imagenet64-*.safetensors"),
-    }
-    for title, paths in places.items():
-        typer.echo(f"{title}:")
-        lines = [f"  {path.stat().st_size / 1e6:7.1f} MB  {path}" for path in sorted(paths)]
-        typer.echo("\n".join(lines) or "  not here")
-
-
-_TRAININGS = {  # what trains it, and the measure by which the best weights are chosen
-    "autoencoder": ("train_autoencoder", "validation"),
-    "generator": ("train_generator", "kernel distance"),
-}
+        for path in sorted([*DATA.glob("*.safetensors"), *cache_folder().glob("*.safetensors")]):
+            typer.echo(f"{path.stat().st_size / 1e6:7.1f} MB  {path}")
 
 
 @app.command()
 def train(
     what: Annotated[Literal["autoencoder", "generator"], Argument(help="For gipip, or for gias.")],
-    data: Annotated[str, Option(help="cifar10, or a folder, FOLDER/class/image.")] = "cifar10",
-    fraction: Annotated[float | None, Option(help="Of cifar10's images, by default 0.038.")] = None,
-    full: Annotated[bool, Option("--full", help="After `gipip data cifar10`.")] = False,
-    size: Annotated[int | None, Option(min=8, max=512, help="Of a folder's images: 64.")] = None,
+    data: Annotated[Path | None, Option(help="FOLDER/class/image; else cifar10.")] = None,
+    size: Annotated[int, Option(min=8, max=512, help="Of a folder's images.")] = 64,
+    fraction: Annotated[float | None, Option(help="Of the images, such as 0.01.")] = None,
     steps: Annotated[int | None, Option(min=1, help="By default the library's.")] = None,
-    seed: Annotated[int, Option(min=0, help="Of all that is random.")] = 0,
+    seed: Annotated[int, _seed] = 0,
     output: Annotated[Path | None, Option(dir_okay=False, help="In results, if not given.")] = None,
 ):
     """Train what an attacker learns from auxiliary images, for `gipip attack --prior`."""
-    folder = None if data == "cifar10" else data
-    dataset = gipip.load_dataset("folder" if folder else data, root=folder, size=size, full=full)
+    dataset = gipip.load_dataset("cifar10")
+    if data:
+        dataset = gipip.load_dataset("folder", root=data, size=size)
     auxiliary = dataset.auxiliary(fraction, seed=seed)
-    options = {"seed": seed} | ({"steps": steps} if steps else {})
-    training, measure = _TRAININGS[what]
-    prior = getattr(gipip, training)(auxiliary, **options)
+    training: Any = gipip.train_autoencoder if what == "autoencoder" else gipip.train_generator
+    prior = training(auxiliary, seed=seed, **({"steps": steps} if steps else {}))
     prior.provenance["dataset"] = dataset.name
     typer.echo(f"Trained on {len(auxiliary):,} images of {dataset.name}.")
-    lowest = min(prior.provenance["history"][measure], default=float("nan"))
-    typer.echo(f"Lowest {measure}: {lowest:.5f}")
     typer.echo(f"Saved: {prior.save(output or Path('results') / f'{what}.safetensors')}")
 
 

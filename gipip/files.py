@@ -18,7 +18,6 @@ import torch
 
 from gipip.errors import DamagedFileError, DataError
 
-_ANEW = "Delete it and make or download it again."
 _PACKAGE = Path(__file__).parent
 DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent / "data"
 """Folder of the files that ship with gipip: `data/` of a checkout, `gipip/_data/` of an
@@ -96,13 +95,11 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
             names, written = file.keys(), file.metadata()
             tensors = {name: file.get_tensor(name) for name in names}
         header = json.loads(written["gipip"])
-        text, checksum = header["metadata"], header["sha256"]
+        if fingerprint(tensors, header["metadata"]) != header["sha256"]:
+            raise ValueError("it does not match its checksum")
+        return tensors, json.loads(header["metadata"])
     except FileNotFoundError:
         raise
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"is no readable safetensors file by gipip ({error!r})"
-        raise DamagedFileError(f"{path} {reason}. {_ANEW}") from error
-    if fingerprint(tensors, text) != checksum:
-        altered = "it was altered or cut short"
-        raise DamagedFileError(f"{path} does not match its checksum: {altered}. {_ANEW}")
-    return tensors, json.loads(text)
+        reason = f"{path} is no readable safetensors file by gipip ({error})"
+        raise DamagedFileError(f"{reason}. Delete it and make or download it again.") from error

@@ -61,9 +61,6 @@ class _Lines:
         if line := text.replace("\x1b[A", "").strip():
             print(line, file=sys.stderr, flush=True)
 
-    def flush(self) -> None:
-        sys.stderr.flush()
-
 
 def time_limit() -> float:
     """When long work must stop, in seconds since the epoch: GIPIP_DEADLINE in the environment,

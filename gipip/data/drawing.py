@@ -3,18 +3,18 @@
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+
+import pandas
 
 
 def stratified_rows(labels: Sequence[int], names: Sequence[str | int], salt: str) -> list[int]:
     """All rows, shuffled as `salt` says, so that every beginning holds each class in
     proportion.
     """
-    sizes = Counter(labels)
-    ranked = _ranked(labels, names, salt)
-    places = {row: (rank + 0.5) / sizes[labels[row]] for rank, row in ranked}
-    return sorted(places, key=places.__getitem__)
+    classes = _classes(labels, names, salt)
+    places = (classes.cumcount() + 0.5) / classes.transform("size")
+    return places.sort_values(kind="stable").index.tolist()
 
 
 def batches(
@@ -23,26 +23,19 @@ def batches(
     """One pass over all rows, cut into batches; if `distinct`, no class comes twice in
     one.
     """
-    rounds: dict[int, list[int]] = {}
-    for rank, row in _ranked(labels, names, salt):
-        rounds.setdefault(rank if distinct else 0, []).append(row)
+    rank = _classes(labels, names, salt).cumcount()
     found = []
-    for rows in rounds.values():
+    for _, rows in rank.groupby(rank if distinct else rank * 0):
         starts = range(0, len(rows) - size + 1, size)
-        found += [rows[start : start + size] for start in starts]
+        found += [rows.index[start : start + size].tolist() for start in starts]
     return found
 
 
-def _ranked(
-    labels: Sequence[int], names: Sequence[str | int], salt: str
-) -> Iterator[tuple[int, int]]:
-    """(rank within its class, row) of every image, in the order that `salt` determines."""
-
-    def digest(row: int) -> bytes:
-        text = f"{salt}:{names[row]}"  # a file's name may hold bytes that are no text
-        return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
-
-    seen: Counter[int] = Counter()
-    for row in sorted(range(len(names)), key=digest):
-        yield seen[labels[row]], row
-        seen[labels[row]] += 1
+def _classes(labels: Sequence[int], names: Sequence[str | int], salt: str):
+    """The labels in the order that `salt` determines, grouped."""
+    # a file's name may hold bytes that are no text
+    texts = (f"{salt}:{name}".encode(errors="surrogateescape") for name in names)
+    digests = [hashlib.sha256(text).digest() for text in texts]
+    order = sorted(range(len(names)), key=digests.__getitem__)
+    shuffled = pandas.Series(labels, dtype=int).iloc[order]
+    return shuffled.groupby(shuffled)

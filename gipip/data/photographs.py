@@ -58,16 +58,13 @@ def list_folder(root: Path) -> Photographs:
     """All files of the sub-folders of `root` but hidden ones. DataError when there are
     none.
     """
-    layout = f"Expected images in the layout {root}/class/image."
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder. {layout}")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders = sorted(path for path in root.glob("[!.]*") if path.is_dir())
     files: dict[Path, int] = {}
     for label, folder in enumerate(folders):
         paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
         files |= {path: label for path in paths if "/." not in path.relative_to(root).as_posix()}
     if not files:
-        raise DataError(f"{root} holds no images. {layout}")
+        raise DataError(f"{root} holds no images. Expected the layout {root}/class/image.")
     classes = tuple(printable(folder.name) for folder in folders)
     return Photographs(root, classes, tuple(files), tuple(files.values()))
 
@@ -80,21 +77,21 @@ def printable(path: Path | str) -> str:
 
 
 def read(
-    photographs: Photographs, size: int, seen: dict[bytes, Path] | None = None
+    photographs: Photographs, size: int, distinct: bool = False
 ) -> tuple[Photographs, UInt8[Tensor, "images 3 size size"]]:
-    """The readable ones and their pixels; with `seen`, none that shows what is in there
-    already.
+    """The readable ones and their pixels; if `distinct`, none that shows what another
+    one does, pixel by pixel.
 
-    `seen` is filled with what was read, so that it keeps several folders apart. What is
-    left out, one warning says. Raises DataError when nothing is left.
+    What is left out, one warning says. Raises DataError when nothing is left.
     """
     paths, root = photographs.paths, printable(photographs.root)
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     rows, problems = [], []
+    seen: dict[bytes, Path] = {}
     for row, path in enumerate(_shown(paths, f"Reading {root}")):
         try:
             pixels[row] = decode(path, size, round(size * 72 / 64))
-            if seen is not None:
+            if distinct:
                 _require_new(path, pixels[row], seen)
             rows.append(row)
         except DataError as error:
@@ -155,7 +152,7 @@ def near(
     hashes: UInt64[numpy.ndarray, "images"], others: UInt64[numpy.ndarray, "others"]
 ) -> Bool[numpy.ndarray, "images"]:
     """Which of `hashes` are those of a photograph among the `others`."""
-    found = [bool((numpy.bitwise_count(others ^ value) <= NEAR).any()) for value in hashes]
+    found = [(numpy.bitwise_count(others ^ value) <= NEAR).any() for value in hashes]
     return numpy.array(found, dtype=bool)
 
 

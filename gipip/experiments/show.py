@@ -175,8 +175,11 @@ def beside_published(
     measured = labelled(chart, named, mean_image).rename(columns={"arm": "anomaly score"})
     wanted = ["without", "with", *REFERENCES]
     measured = measured[measured["anomaly score"].isin(wanted)]
-    bars = published(chart)
-    panels = {f"published:\n{bars.attrs['setting']}": bars, f"here:\n{here}, equal λTV": measured}
+    known = "" if chart == "batch size" else ", B not stated"
+    panels = {
+        f"published: ImageNet 64×64,\nResNet18{known}": published(chart),
+        f"here, equal λTV:\n{here}": measured,
+    }
     frame = pandas.concat(panels, names=["setting"]).reset_index("setting")
     options = {"panel": "setting", "xlabel": AXES.get(chart), "width": PAGE}
     return dots(frame, chart, "ssim", "anomaly score", **options)
