@@ -156,36 +156,6 @@ def _describe(result: "gipip.Reconstruction", metrics) -> None:
     typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))
 
 
-<<<<<<< HEAD
-def _new_folder(parent: Path, name: str) -> Path:
-    """parent/name-1, or the next number that is not taken."""
-    numbered = (parent / f"{name}-{number}" for number in itertools.count(1))
-    folder = next(path for path in numbered if not path.exists())
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _save_pictures(private, result, metrics, folder: Path) -> None:
-    """Each reconstruction, and the first eight beside their private images in one figure, where
-    figures are installed.
-    """
-    from torchvision.utils import save_image
-
-    reconstructed = result.images[metrics["matched"].tolist()]
-    for number, image in enumerate(reconstructed):
-        save_image(image, folder / f"{number + 1}-{Path(metrics['image'][number]).stem}.png")
-    typer.echo(f"Reconstructions: {folder}")
-    try:
-        from gipip.figures import image_grid, save_figure, use_style
-    except ModuleNotFoundError as missing:
-        typer.echo(f"No figure, as {missing.name} is missing: pip install 'gipip[notebooks]'.")
-        return
-    use_style()
-    captions = {"reconstruction": [f"{value:.1f} dB" for value in metrics["psnr"][:8]]}
-    rows = {"private": private[:8], "reconstruction": reconstructed[:8]}
-    grid = image_grid(rows, captions)
-    typer.echo(f"Picture: {save_figure('comparison', grid, metrics, folder).png}")
-=======
 def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
     """Each reconstruction, and both rows of images in one, in output/name-1, or the next number
     that is not taken.
@@ -201,7 +171,6 @@ def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
     enlarged = [row.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for row in rows]
     save_image(enlarged, folder / "comparison.png", nrow=len(private))
     typer.echo(f"Reconstructions, and a comparison with the private images: {folder}")
->>>>>>> h1
 
 
 @app.command()
