@@ -31,7 +31,7 @@ from gipip.federation.models import ClientModel, last_linear
 
 ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
 _FLOAT32 = 1e-7
-_PRECISE = 0.05  # the relative error up to which an image's features count as recovered
+_PRECISE = 0.01  # the relative error up to which an image's features count as recovered
 _ITERATIONS = 60
 _SUBSETS = 2000
 _COMPLETIONS = 10
@@ -47,7 +47,7 @@ class RecoveredFeatures:
     `errors`: the relative error of each image's features to expect from the residual and from
     float32's rounding; large where an image adds next to nothing to the gradient, as one that a
     trained client is sure of. `status`: "exact" when the residual is no more than rounding and each
-    image is told apart from the others (errors of at most 5 %), else "approximate".
+    image is told apart from the others (errors below 1 %), else "approximate".
     """
 
     features: Float64[Tensor, "batch features"]
@@ -284,7 +284,7 @@ class _Span:
 
     def solved(self, labels_known: bool) -> RecoveredFeatures:
         """The first solution whose residual is rounding, else that of the lowest residual."""
-        if self.missing.any():
+        if self.sparsified:
             completed = self.completed()
             return completed.result(completed.iterated())
         tried = []
@@ -330,11 +330,18 @@ class _Span:
 
     @cached_property
     def missing(self) -> ndarray:
-        """Entries of G_W that a client left out: zeros beside others in their column (a column of
-        zeros is a feature that no image has).
+        """Entries of G_W that are zero beside others in their row and column. (A column of zeros is
+        a feature that no image has.)
         """
         shared = self.gradient != 0
         return ~shared & shared.any(axis=0) & shared.any(axis=1, keepdims=True)
+
+    @property
+    def sparsified(self) -> bool:
+        """Whether the client left entries out, in more rows than those of the labels: there p − 1
+        of an image that a trained client is sure of rounds to 0.
+        """
+        return int(self.missing.any(axis=1).sum()) > len(self.labels)
 
     def completed(self) -> "_Span":
         """With what a client left out of G_W, because it was small, estimated from the rest in
