@@ -106,9 +106,7 @@ def attack(
 
     from gipip.data.datasets import load_images
 
-    if name not in gipip.ATTACKS:
-        raise DataError(f"Unknown attack {name!r}. Known: {', '.join(sorted(gipip.ATTACKS))}.")
-    kind = gipip.ATTACKS[name]
+    kind = _attack_named(name)
     batch = load_images(images, size)
     output.mkdir(parents=True, exist_ok=True)
     client = gipip.build_model(model, max(10, len(batch)), image_size=size)
@@ -124,6 +122,12 @@ def attack(
     metrics = gipip.evaluate(result, batch, model=client).assign(image=names)
     _describe(result, metrics)
     _save_pictures(batch.images, result.images[metrics["matched"].tolist()], output, name)
+
+
+def _attack_named(name: str) -> "type[gipip.Attack]":
+    if name not in gipip.ATTACKS:
+        raise DataError(f"Unknown attack {name!r}. Known: {', '.join(sorted(gipip.ATTACKS))}.")
+    return gipip.ATTACKS[name]
 
 
 def _prior_setting(kind: "type[gipip.Attack]", file: Path | None, dataset: str) -> dict:

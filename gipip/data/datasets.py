@@ -146,8 +146,8 @@ class Dataset:
         if not 1 <= wanted <= len(pool):
             raise DataError(
                 f"fraction={fraction} of {whole:,} images: expected some of the {len(pool):,} "
-                f"auxiliary ones that {self.name} has here. For more, run `gipip data cifar10` and use "
-                "load_dataset('cifar10', full=True), or load_dataset('folder', root=…)."
+                f"auxiliary ones that {self.name} has here. For more, run `gipip data cifar10` and "
+                "use load_dataset('cifar10', full=True), or load_dataset('folder', root=…)."
             )
         return pool[pool.shuffled(f"auxiliary:{seed}")[:wanted]]
 
