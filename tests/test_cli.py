@@ -148,11 +148,11 @@ def test_a_mistake_is_answered_without_a_traceback(arguments, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--model vgg", "Unknown model 'vgg'. Known models: convnet, convnet16, lenet, resnet18."),
+        ("--model vgg", "Unknown model 'vgg'. Known models: convnet"),
         ("--attack fgsm", "Unknown attack 'fgsm'. Known: dlg, gias, gipip, gradinversion, ig"),
         ("--attack ig --prior {prior}", "The attack ig takes no prior"),
-        ("--prior {generator}", "generator.safetensors does not hold an autoencoder"),
-        ("--attack gias --prior {prior}", "prior.safetensors does not hold a generator"),
+        ("--prior {generator}", "generator.safetensors holds no autoencoder"),
+        ("--attack gias --prior {prior}", "prior.safetensors holds no generator"),
         ("--prior {pictures}", "first.png is no readable safetensors file"),
         ("--prior {folder}", "is no readable safetensors file"),
         ("--prior nowhere.safetensors", "nowhere.safetensors"),
@@ -233,7 +233,7 @@ def test_a_corrupt_prior_is_named(pictures, prior):
 
 def test_a_file_that_is_no_prior_is_named(pictures, tmp_path):
     other = write_tensors(tmp_path / "other.safetensors", {}, {})
-    assert "other.safetensors does not hold" in fails("attack", *pictures, "--prior", other)
+    assert "other.safetensors holds no autoencoder" in fails("attack", *pictures, "--prior", other)
 
 
 @pytest.mark.parametrize("attack", ["gipip", "ig", "dlg", "gradinversion"])

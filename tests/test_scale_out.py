@@ -236,7 +236,7 @@ def test_a_failing_run_does_not_stop_the_others_and_is_listed_with_its_error(sto
         ({"model": "lenet", "epochs": 41}, ModelError),
         ({"batch_size": 11}, BatchSizeError),  # eleven images of ten different classes
         ({"batch_size": 3, "classes": (0, 1)}, BatchSizeError),
-        ({"classes": (10,)}, DataError),
+        ({"classes": (10,)}, BatchSizeError),
     ],
 )
 def test_an_impossible_scenario_is_refused_before_anything_is_computed(store, impossible, error):
