@@ -92,14 +92,16 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names, written = file.keys(), file.metadata()
+            names, written = file.keys(), file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in names}
+        if "gipip" not in written:
+            raise ValueError("it was not written by gipip")
         header = json.loads(written["gipip"])
         if fingerprint(tensors, header["metadata"]) != header["sha256"]:
             raise ValueError("it does not match its checksum")
         return tensors, json.loads(header["metadata"])
     except FileNotFoundError:
         raise
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         reason = f"{path} is no readable safetensors file by gipip ({error})"
         raise DamagedFileError(f"{reason}. Delete it and make or download it again.") from error

