@@ -165,12 +165,17 @@ def obstacle(results: Results, arm: str, mean_image: MeanImage) -> str:
     return "" if of_units(results, arm).mean() > blank + 1 else NOTHING_RECOVERED
 
 
-def improvement(results: Results, arms: tuple[str, str], mean_image: MeanImage) -> Endpoint:
-    """Claim 1, of results on one network: the first arm − the second, each batch size a stratum."""
+def improvement(
+    results: Results, arms: tuple[str, str], mean_image: MeanImage, number: int = 1
+) -> Endpoint:
+    """Claim 1 or 6, of results on one network: the first arm − the second, each batch size a
+    stratum.
+    """
     sizes = sorted({result.run.scenario.batch_size for result in results})
     strata = [gains(results.select(batch_size=size), *arms) for size in sizes]
     model = results[0].run.scenario.model
-    return Endpoint(1, model, [Part(strata)], obstacle(results, arms[0], mean_image))
+    obstructed = obstacle(results, arms[0], mean_image)
+    return Endpoint(number, model, [Part(strata)], obstructed)
 
 
 def fair_opponent(trial: Results, rival: str, baseline: str) -> str:
