@@ -15,7 +15,7 @@ from gipip.experiments.store import Result
 from gipip.priors.autoencoder import load_prior
 
 METRICS = {"psnr": [20.0, 22.0], "ssim": [0.5, 0.7], "ssim_padded": [0.6, 0.8]}
-METRICS |= {"lpips": [0.1, 0.2], "identified": [1.0, 0.0]}
+METRICS |= {"lpips": [0.1, 0.2], "identified": [1.0, 0.0], "candidates": [256, 256]}
 BLANK = mean_image("cifar10")
 
 
