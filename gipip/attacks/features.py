@@ -58,7 +58,6 @@ class RecoveredFeatures:
     status: Literal["exact", "approximate"]
 
 
-@torch.no_grad()
 def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
     """The features of every image behind `update`, from the gradient of the last linear layer.
 
@@ -70,6 +69,12 @@ def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatu
     layer that is frozen or shares only zeros; ModelError when the last layer is not linear.
     """
     update.check(model)
+    return recovered(model, update)
+
+
+@torch.no_grad()
+def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
+    """`recover_features` of an update that is known to be the model's."""
     weight, bias, gradient, bias_gradient = _last_layer(model, update)
     if update.batch_size >= len(weight):
         raise UpdateError(
