@@ -160,7 +160,7 @@ class _Span:
 
     @cached_property
     def bias_weight(self) -> float:
-        return 1 / np.linalg.norm(self.scaled_bias) if self.biased else 0.0
+        return 1 / float(np.linalg.norm(self.scaled_bias)) if self.biased else 0.0
 
     def logits(self, matrix: ndarray) -> ndarray:
         return matrix @ self.logits_span + self.bias
@@ -240,7 +240,8 @@ class _Span:
         """
         generator = np.random.default_rng(0)
         left = list(range(len(self.bias))) if any_label else self.labels.tolist()
-        found, rows, wrongs = [], [], np.zeros((0, len(self.labels)))
+        found: list[int] = []
+        rows, wrongs = [], np.zeros((0, len(self.labels)))
         while len(found) < len(self.labels):
             basis = np.linalg.svd(wrongs)[2][len(found) :].T
             candidates = self.orthogonal_rows(basis, generator)

@@ -64,8 +64,8 @@ class Decoder(Network):
             nn.ReLU(),
             last,
         )
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def corrected(self, images: Images) -> Images:
         return images + self.correction(images)
@@ -232,7 +232,8 @@ class Ridge:
     def weights(self, strength: float, without: int | None = None) -> Float[Tensor, "features _"]:
         """Of the regression on all folds, or all but one."""
         used = [k for k in range(_FOLDS) if k != without]
-        gram, product = (sum(terms[k] for k in used) for terms in (self.grams, self.products))
+        gram = torch.stack([self.grams[k] for k in used]).sum(dim=0)
+        product = torch.stack([self.products[k] for k in used]).sum(dim=0)
         gram = gram + strength * gram.diagonal().mean() * torch.eye(len(gram))
         return torch.cholesky_solve(product, torch.linalg.cholesky(gram)).float()
 
