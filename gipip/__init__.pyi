@@ -1,6 +1,7 @@
 from .attacks.base import ATTACKS as ATTACKS
 from .attacks.base import Attack as Attack
 from .attacks.dlg import DLG as DLG
+from .attacks.feature_inversion import FeatureInversion as FeatureInversion
 from .attacks.features import RecoveredFeatures as RecoveredFeatures
 from .attacks.features import recover_features as recover_features
 from .attacks.gias import GIAS as GIAS
@@ -43,6 +44,8 @@ from .priors.autoencoder import AnomalyScore as AnomalyScore
 from .priors.autoencoder import Autoencoder as Autoencoder
 from .priors.autoencoder import load_prior as load_prior
 from .priors.autoencoder import train_autoencoder as train_autoencoder
+from .priors.decoder import FeatureDecoder as FeatureDecoder
+from .priors.decoder import train_decoder as train_decoder
 from .priors.gan import GenerativePrior as GenerativePrior
 from .priors.gan import load_generator as load_generator
 from .priors.gan import train_generator as train_generator

@@ -443,9 +443,7 @@ def test_a_gradient_with_nan_is_refused_before_the_first_iteration(tiny):
     broken = dataclasses.replace(
         update, gradients=(update.gradients[0] * float("nan"), *update.gradients[1:])
     )
-    with pytest.raises(
-        UpdateError, match="network.0.weight holds NaN.*Look at the loss"
-    ):
+    with pytest.raises(UpdateError, match="network.0.weight holds NaN.*Look at the loss"):
         InvertingGradients()(model, broken)
 
 

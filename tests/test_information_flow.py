@@ -14,7 +14,8 @@ PACKAGE = Path(gipip.__file__).parent
 ATTACKER = sorted(path for room in ("attacks", "priors") for path in (PACKAGE / room).rglob("*.py"))
 ALLOWED = {
     "attacks": {"attacks", "errors", "federation", "files", "priors", "progress"},
-    "priors": {"data", "errors", "files", "priors", "progress"},  # data: of auxiliary images
+    # data: of auxiliary images; federation: the client's model, which the attacker knows
+    "priors": {"data", "errors", "federation", "files", "priors", "progress"},
 }
 GROUND_TRUTH = {"private", "tuning", "private_pool", "tuning_pool"}
 

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int
 from numpy import ndarray
-from scipy.optimize import least_squares
-from scipy.special import softmax
 from torch import Tensor, nn
 
 from gipip.attacks.labels import infer_labels
@@ -58,7 +56,6 @@ class RecoveredFeatures:
     status: Literal["exact", "approximate"]
 
 
-@torch.no_grad()
 def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
     """The features of every image behind `update`, from the gradient of the last linear layer.
 
@@ -70,6 +67,12 @@ def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatu
     layer that is frozen or shares only zeros; ModelError when the last layer is not linear.
     """
     update.check(model)
+    return recovered(model, update)
+
+
+@torch.no_grad()
+def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
+    """`recover_features` of an update that is known to be the model's."""
     weight, bias, gradient, bias_gradient = _last_layer(model, update)
     if update.batch_size >= len(weight):
         raise UpdateError(
@@ -101,6 +104,12 @@ def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]
     bias = missing if layer.bias is None else layer.bias
     tensors = (layer.weight, bias, gradient, gradients.get(f"{name}.bias", missing))
     return tuple(tensor.detach().cpu().double().numpy() for tensor in tensors)
+
+
+def softmax(logits: ndarray) -> ndarray:
+    """Over the last axis."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +164,7 @@ class _Span:
 
     @cached_property
     def bias_weight(self) -> float:
-        return 1 / np.linalg.norm(self.scaled_bias) if self.biased else 0.0
+        return 1 / float(np.linalg.norm(self.scaled_bias)) if self.biased else 0.0
 
     def logits(self, matrix: ndarray) -> ndarray:
         return matrix @ self.logits_span + self.bias
@@ -173,7 +182,7 @@ class _Span:
     def residuals(self, unknowns: ndarray) -> ndarray:
         """Of both equations, the first times Σ: the gradient's, in an orthonormal basis."""
         matrix, t = self.unpacked(unknowns)
-        wrong = t * self.wrongness(softmax(self.logits(matrix), axis=1))
+        wrong = t * self.wrongness(softmax(self.logits(matrix)))
         left, values, _ = self.factors
         weights = (wrong.T @ matrix - left) * values
         biases = self.bias_weight * (wrong.sum(axis=0) - self.scaled_bias)
@@ -184,7 +193,7 @@ class _Span:
         """∂ residuals / ∂ unknowns."""
         matrix, t = self.unpacked(unknowns)
         size = len(matrix)
-        predictions = softmax(self.logits(matrix), axis=1)
+        predictions = softmax(self.logits(matrix))
         wrong = t * self.wrongness(predictions)
         centred = self.logits_span.T - (predictions @ self.logits_span.T)[:, None]
         slopes = t * predictions[:, :, None] * centred / self.scale[:, None] / size  # ∂Ẽ_ic/∂M_ik
@@ -212,7 +221,7 @@ class _Span:
                 total = wrong.sum(axis=0)
                 t = np.clip(total @ self.scaled_bias / max(total @ total, 1e-300), 1e-9, 1e9)
             matrix = np.linalg.lstsq(t * wrong.T, self.factors[0])[0]
-            predictions = softmax(self.logits(matrix), axis=1)
+            predictions = softmax(self.logits(matrix))
             if not np.abs(predictions - before).max() >= 1e-13:  # or not a number
                 break
         return np.append(matrix, np.log(t))
@@ -235,7 +244,8 @@ class _Span:
         """
         generator = np.random.default_rng(0)
         left = list(range(len(self.bias))) if any_label else self.labels.tolist()
-        found, rows, wrongs = [], [], np.zeros((0, len(self.labels)))
+        found: list[int] = []
+        rows, wrongs = [], np.zeros((0, len(self.labels)))
         while len(found) < len(self.labels):
             basis = np.linalg.svd(wrongs)[2][len(found) :].T
             candidates = self.orthogonal_rows(basis, generator)
@@ -269,7 +279,7 @@ class _Span:
         is 1 (candidates, labels); and the Ẽ in coordinates of U.
         """
         unit = self.scale * len(self.labels)
-        predictions = softmax(self.logits(rows), axis=1) / unit
+        predictions = softmax(self.logits(rows)) / unit
         of_label = predictions[:, labels]
         squares = (predictions**2).sum(axis=1)[:, None] - of_label**2
         squares += (1 / unit[labels] - of_label) ** 2
@@ -311,6 +321,8 @@ class _Span:
         """
         if not self.small or not np.isfinite(self.residuals(unknowns)).all():
             return unknowns
+        from scipy.optimize import least_squares  # slow to import
+
         fit = least_squares(
             self.residuals,
             unknowns,
@@ -350,7 +362,7 @@ class _Span:
         span, bound = self, np.abs(self.gradient[self.gradient != 0]).min()
         for _ in range(_COMPLETIONS):
             matrix, _ = span.unpacked(span.iterated())
-            wrong = span.scale * span.wrongness(softmax(span.logits(matrix), axis=1))
+            wrong = span.scale * span.wrongness(softmax(span.logits(matrix)))
             estimate = np.clip(wrong.T @ matrix @ span.factors[2], -bound, bound)
             span = replace(span, gradient=np.where(self.missing, estimate, self.gradient))
         return span

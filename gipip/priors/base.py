@@ -74,7 +74,7 @@ class Prior(nn.Module):
         """SHA-256 of the weights and the constants."""
         return fingerprint(self.state_dict(), "".join(map(repr, self._constants().values())))
 
-    def _constants(self) -> dict[str, float]:
+    def _constants(self) -> dict[str, float | str]:
         return {name: vars(self)[name] for name in self.constants}
 
     def save(self, path: Path | str) -> Path:
@@ -189,12 +189,18 @@ class Training(ABC, Generic[P]):
 
 
 def trained(
-    training: type[Training[P]], auxiliary: LabeledImages, store: Path | str | None, **settings: Any
+    training: type[Training[P]],
+    auxiliary: LabeledImages,
+    store: Path | str | None,
+    *,
+    given: Sequence[Any] = (),
+    **settings: Any,
 ) -> P:
     """The prior of a training of these settings on these images, with its provenance. Inside,
     torch's global generator, from which first weights come, starts at the seed.
 
-    With a `store` (a folder) a finished one is loaded instead of trained again.
+    With a `store` (a folder) a finished one is loaded instead of trained again. `given`: what
+    the training needs besides, and the settings identify.
     """
     about = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
     name = fingerprint({}, canonical_json(about))[:24]
@@ -204,7 +210,7 @@ def trained(
     require_time()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings["seed"])  # and not a GPU's, which is not used
-        course = training(auxiliary, settings)  # type: ignore[arg-type]  # as subclasses take them
+        course = training(auxiliary, settings, *given)  # type: ignore[arg-type]  # as subclasses do
         prior = course.run(settings["steps"])
     prior.provenance = about | {"history": course.history}
     if course.interrupted:
