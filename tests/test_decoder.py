@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import gipip
+from gipip.attacks.checkpoints import Checkpoint
 from gipip.errors import DataError, UpdateError
 from gipip.federation.models import last_linear
 
@@ -140,3 +141,11 @@ def test_settings_are_told_apart_by_the_fingerprints_of_both_priors(decoder):
     scored = gipip.FeatureInversion(prior=decoder, score=gipip.load_prior())
     assert plain.model_dump(mode="json")["prior"] == decoder.fingerprint
     assert scored.model_dump(mode="json")["score"] == gipip.load_prior().fingerprint
+
+
+def test_an_attack_of_no_iterations_keeps_no_checkpoint(data, model, decoder, tmp_path):
+    update = gipip.Client(model).share(data.tuning(2, seed=0))
+    checkpoint = Checkpoint(tmp_path / "attack")
+    attack = gipip.FeatureInversion(prior=decoder, iterations=0)
+    assert len(attack(model, update, checkpoint=checkpoint).images) == 2
+    assert not list(tmp_path.iterdir())

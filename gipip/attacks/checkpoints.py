@@ -68,7 +68,7 @@ class Checkpoint(Observer):
             raise OutOfTime(f"The time is over: the attack paused after {steps}.")
 
     def end(self, course: Course) -> None:
-        if course.ended:
+        if course.ended and course.history:
             self._keep(course)
 
     def _keep(self, course: Course) -> None:
