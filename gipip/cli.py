@@ -115,7 +115,7 @@ def attack(
     update = gipip.Client(client).share(batch, labels=labels, statistics=statistics)
     dataset = "imagenet64" if size == 64 else "cifar10"
     settings = {"seed": seed} | ({"iterations": iterations} if iterations else {})
-    settings |= _prior_setting(kind, prior, dataset)
+    settings |= _prior_setting(kind, prior, dataset, client)
     condition = gipip.Scenario(dataset=dataset, model=model, batch_size=len(batch)).condition
     result = _tuned_or_default(kind, condition, settings)(client, update)
     names = [typer.format_filename(path, shorten=True) for path in images]
@@ -130,15 +130,28 @@ def _attack_named(name: str) -> "type[gipip.Attack]":
     return gipip.ATTACKS[name]
 
 
-def _prior_setting(kind: "type[gipip.Attack]", file: Path | None, dataset: str) -> dict:
-    """What the attack knows of natural images: from the file, else what ships for the data set."""
+def _prior_setting(
+    kind: "type[gipip.Attack]",
+    file: Path | None,
+    dataset: str,
+    client: "gipip.ClientModel | None" = None,
+) -> dict:
+    """What the attack knows of natural images: from the file, else what ships for the data set, or
+    a decoder for the client's model, trained within seconds.
+    """
     if "prior" not in kind.model_fields:
         if file:
             raise DataError(f"The attack {kind.name} takes no prior. Leave --prior out.")
         return {}
     wanted: Any = kind.model_fields["prior"].annotation
-    shipped = "cifar10-3.8%" if (wanted.kind, dataset) == ("generator", "cifar10") else dataset
-    return {"prior": wanted.load(file) if file else wanted.shipped(shipped)}
+    if file:
+        return {"prior": wanted.load(file)}
+    if client is not None and wanted.kind == "decoder":
+        auxiliary = gipip.load_dataset(dataset).auxiliary()
+        score = gipip.load_prior(dataset).with_offset(0)
+        return {"prior": gipip.train_decoder(client, auxiliary, steps=0), "score": score}
+    name = "cifar10-3.8%" if (wanted.kind, dataset) == ("generator", "cifar10") else dataset
+    return {"prior": wanted.shipped(name)}
 
 
 def _tuned_or_default(kind: "type[gipip.Attack]", condition: str, settings: dict) -> "gipip.Attack":

@@ -157,5 +157,11 @@ def test_type_checkers_see_the_names_that_are_exported():
 def test_every_attack_and_defence_and_what_loads_and_trains_priors_is_exported():
     attacks = {kind.__name__ for kind in gipip.ATTACKS.values()}
     defences = {kind.__name__ for kind in get_args(get_args(AnyDefense)[0])}
-    priors = {"load_prior", "load_generator", "train_autoencoder", "train_generator"}
+    priors = {
+        "load_prior",
+        "load_generator",
+        "train_autoencoder",
+        "train_generator",
+        "train_decoder",
+    }
     assert attacks | defences | priors <= set(gipip.__all__)
