@@ -49,7 +49,7 @@ def use_style() -> None:
     rc = {
         "grid.linewidth": 0.5,
         "legend.frameon": False,
-        "figure.dpi": 110,
+        "figure.dpi": 80,
         "savefig.dpi": 200,
         "savefig.bbox": "tight",  # no label is cut off
         "savefig.pad_inches": 0.04,

@@ -149,7 +149,10 @@ def test_a_mistake_is_answered_without_a_traceback(arguments, message):
     ("options", "message"),
     [
         ("--model vgg", "Unknown model 'vgg'. Known models: convnet"),
-        ("--attack fgsm", "Unknown attack 'fgsm'. Known: dlg, features, gias, gipip, gradinversion, ig"),
+        (
+            "--attack fgsm",
+            "Unknown attack 'fgsm'. Known: dlg, features, gias, gipip, gradinversion, ig",
+        ),
         ("--attack ig --prior {prior}", "The attack ig takes no prior"),
         ("--prior {generator}", "generator.safetensors holds no autoencoder"),
         ("--attack gias --prior {prior}", "prior.safetensors holds no generator"),
