@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gipip.data.datasets import load_dataset
-from gipip.evaluation.references import REFERENCES, mean_image
+from gipip.evaluation.references import REFERENCES
 from gipip.experiments import arms, endpoints, show
 from gipip.experiments.claims import collect_findings, save_findings
 from gipip.experiments.results import ASSUMPTIONS, Results
@@ -16,7 +16,6 @@ from gipip.priors.autoencoder import load_prior
 
 METRICS = {"psnr": [20.0, 22.0], "ssim": [0.5, 0.7], "ssim_padded": [0.6, 0.8]}
 METRICS |= {"lpips": [0.1, 0.2], "identified": [1.0, 0.0], "candidates": [256, 256]}
-BLANK = mean_image("cifar10")
 
 
 def result(run: Run, gain: float) -> Result:
@@ -112,7 +111,7 @@ PAIR = ("with", "without")
 
 
 def test_a_claim_about_batch_sizes_has_a_stratum_for_each(results):
-    endpoint = endpoints.improvement(results, PAIR, BLANK)
+    endpoint = endpoints.improvement(results, PAIR)
     [part] = endpoint.parts
     assert [list(values) for values in part.strata] == [[1.5, 0.5] * 3]
     assert (endpoint.number, endpoint.model, endpoint.obstacle) == (1, "convnet16", "")
@@ -120,9 +119,9 @@ def test_a_claim_about_batch_sizes_has_a_stratum_for_each(results):
 
 
 def test_what_does_not_beat_the_mean_image_by_a_decibel_is_nothing_recovered(results):
-    assert endpoints.obstacle(results, "without", BLANK) == ""
+    assert endpoints.obstacle(results, "without") == ""
     worse = Results(result(each.run, -10.0) for each in results)
-    assert endpoints.obstacle(worse, "with", BLANK) == endpoints.NOTHING_RECOVERED
+    assert endpoints.obstacle(worse, "with") == endpoints.NOTHING_RECOVERED
 
 
 def test_a_rival_that_does_not_beat_what_has_no_data_is_no_fair_opponent(results):
@@ -138,14 +137,14 @@ def test_losses_of_all_groups_are_pooled(results):
 
 def test_conditions_in_which_nothing_is_recovered_do_not_count(results):
     nothing = Results([result(each.run, -15.0) for each in results])
-    kept = endpoints.stronger_threat([results, nothing], PAIR, BLANK)
+    kept = endpoints.stronger_threat([results, nothing], PAIR)
     assert kept.parts[0].strata[0] == pytest.approx([0.015, 0.005] * 3) and not kept.obstacle
-    none = endpoints.stronger_threat([nothing], PAIR, BLANK)
+    none = endpoints.stronger_threat([nothing], PAIR)
     assert none.obstacle == endpoints.NOTHING_RECOVERED
 
 
 def test_the_headline_is_an_equivalence_and_a_gain(results):
-    low, high, gain = endpoints.headline(results, PAIR, BLANK).parts
+    low, high, gain = endpoints.headline(results, PAIR).parts
     assert low.strata[0] == pytest.approx(numpy.array([6.38, 5.38] * 3)) and low.above == -1
     assert high.strata[0] == pytest.approx(-low.strata[0]) and high.above == -1
     assert gain.strata[0] == pytest.approx([0.015, 0.005] * 3)
@@ -155,7 +154,7 @@ def test_the_headline_is_an_equivalence_and_a_gain(results):
 
 
 def test_references_are_further_arms_that_assume_nothing(results):
-    frame = show.with_references(results, BLANK)
+    frame = show.with_references(results)
     assert list(frame["arm"].unique()) == ["without", "with", *REFERENCES]
     of_reference = frame[frame["arm"] == "mean image"]
     assert len(of_reference) == 12 and set(of_reference["labels"]) == {show.NOTHING}
@@ -163,16 +162,20 @@ def test_references_are_further_arms_that_assume_nothing(results):
 
 
 def test_the_table_has_a_row_an_arm_and_says_once_what_all_share(results, capsys):
-    table = show.quality(show.with_references(results, BLANK))
+    table = show.quality(show.with_references(results))
     assert table["attack"].tolist() == ["without", "with", *REFERENCES]
     assert table["psnr"].tolist()[:1] == ["21.000 [21.000, 21.000]"]
     assert "labels: made up" in capsys.readouterr().out and "labels" not in table
 
 
 def test_references_become_lines_of_a_chart(results):
-    figure = show.dots(show.with_references(results, BLANK), "batch_size", "psnr")
+    frame = show.with_references(results)
+    figure = show.dots(frame, "batch_size", "psnr")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert set(REFERENCES) <= set(texts)
+    levels = frame[frame["arm"].isin(REFERENCES)].groupby("arm")["psnr"].mean()
+    dashed = [line.get_ydata()[0] for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    assert sorted(dashed) == pytest.approx(sorted(levels))
 
 
 def test_a_column_that_says_the_same_in_every_row_moves_to_the_caption(capsys):
@@ -187,7 +190,7 @@ def test_a_table_of_one_row_keeps_its_columns(capsys):
 
 def test_labelled_frames_say_where_each_row_is_from(results):
     named = {name: results.select(arm=name) for name in ("without", "with")}
-    frame = show.labelled("condition", named, BLANK)
+    frame = show.labelled("condition", named)
     own = frame[~frame["arm"].isin(REFERENCES)]
     assert (own["condition"] == own["arm"]).all() and len(own) == 24
 
@@ -247,7 +250,7 @@ def test_frames_keep_what_a_watcher_sees():
 
 def test_findings_are_written_and_shown_with_their_intervals(results, tmp_path):
     found = arms.compare_arms(results, 1, "a − b", "with", "without")
-    table = show.findings("02_x", [endpoints.improvement(results, PAIR, BLANK)], found, tmp_path)
+    table = show.findings("02_x", [endpoints.improvement(results, PAIR)], found, tmp_path)
     assert table["difference"].str.match(r"\+\d\.\d{3} \[").all()
     claims, comparisons = collect_findings(tmp_path)
     assert len(comparisons) == 2 and claims.loc[0, "model"] == "convnet16"

@@ -6,8 +6,8 @@ import torch
 
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.attacks.shares import gradient_shares
 from gipip.data.datasets import load_dataset
+from gipip.experiments.shares import gradient_shares
 from gipip.federation.client import Client
 from gipip.federation.models import build_model
 from gipip.priors.autoencoder import load_prior

@@ -5,8 +5,6 @@
 import hashlib
 from collections.abc import Sequence
 
-import pandas
-
 
 def stratified_rows(labels: Sequence[int], names: Sequence[str | int], salt: str) -> list[int]:
     """All rows, shuffled as `salt` says, so that every beginning holds each class in
@@ -33,6 +31,8 @@ def batches(
 
 def _classes(labels: Sequence[int], names: Sequence[str | int], salt: str):
     """The labels in the order that `salt` determines, grouped."""
+    import pandas  # takes a third of a second to import
+
     # a file's name may hold bytes that are no text
     texts = (f"{salt}:{name}".encode(errors="surrogateescape") for name in names)
     digests = [hashlib.sha256(text).digest() for text in texts]

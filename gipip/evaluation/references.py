@@ -3,6 +3,7 @@ the private images, and the private images made worse by a known amount.
 """
 
 import math
+from functools import cache
 from typing import Annotated, Literal
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.functional import interpolate
 from gipip.data.datasets import load_dataset
 from gipip.errors import DataError
 from gipip.evaluation import metrics
+from gipip.federation.models import Images
 from gipip.files import read_tensors, shipped
-from gipip.priors.base import Images, validated
+from gipip.priors.base import validated
 
 Image = Float[Tensor, "3 height width"]
 PerImage = Float[Tensor, "batch"]
@@ -40,6 +42,7 @@ def _thumbnail(images: Images, side: int) -> Images:
     return interpolate(small, size=images.shape[-2:], mode="bilinear")
 
 
+@cache
 def mean_image(dataset: str) -> Image:
     """The mean of the attacker's auxiliary images of a data set, in [0, 1].
 

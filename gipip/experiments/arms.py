@@ -19,12 +19,12 @@ import pandas
 from gipip.attacks.base import Attack
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.attacks.shares import gradient_shares
 from gipip.evaluation.published import published_psnr
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
 from gipip.experiments.claims import Comparison, compare
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.shares import gradient_shares
 from gipip.experiments.sweep import shipped_results
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
 from gipip.priors.autoencoder import AnomalyScore, load_prior

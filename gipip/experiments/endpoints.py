@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
-from jaxtyping import Float
-from torch import Tensor
 
 from gipip.evaluation.metrics import psnr
 from gipip.evaluation.published import published_psnr
+from gipip.evaluation.references import mean_image
 from gipip.evaluation.statistics import stratified_test
 from gipip.experiments.results import Results
-
-MeanImage = Float[Tensor, "3 height width"]
 
 NOTHING_RECOVERED = "nothing recovered"
 NO_FAIR_OPPONENT = "no fair opponent could be trained here"
@@ -158,23 +155,21 @@ def gains(results: Results, arm: str, baseline: str, metric: str = "psnr") -> nu
     return of_units(results, arm, metric) - of_units(results, baseline, metric)
 
 
-def obstacle(results: Results, arm: str, mean_image: MeanImage) -> str:
+def obstacle(results: Results, arm: str) -> str:
     """NOTHING_RECOVERED unless the arm beats the auxiliary set's mean image by 1 dB on average."""
     truth = results.select(arm=arm).truth
-    blank = psnr(mean_image.expand_as(truth), truth).mean()
+    blank = psnr(mean_image(results[0].run.scenario.dataset).expand_as(truth), truth).mean()
     return "" if of_units(results, arm).mean() > blank + 1 else NOTHING_RECOVERED
 
 
-def improvement(
-    results: Results, arms: tuple[str, str], mean_image: MeanImage, number: int = 1
-) -> Endpoint:
+def improvement(results: Results, arms: tuple[str, str], number: int = 1) -> Endpoint:
     """Claim 1 or 6, of results on one network: the first arm − the second, each batch size a
     stratum.
     """
     sizes = sorted({result.run.scenario.batch_size for result in results})
     strata = [gains(results.select(batch_size=size), *arms) for size in sizes]
     model = results[0].run.scenario.model
-    obstructed = obstacle(results, arms[0], mean_image)
+    obstructed = obstacle(results, arms[0])
     return Endpoint(number, model, [Part(strata)], obstructed)
 
 
@@ -203,21 +198,19 @@ def smaller_loss(
     return Endpoint(3, model, [Part([numpy.concatenate(losses)])], unfair)
 
 
-def stronger_threat(
-    conditions: Sequence[Results], arms: tuple[str, str], mean_image: MeanImage
-) -> Endpoint:
+def stronger_threat(conditions: Sequence[Results], arms: tuple[str, str]) -> Endpoint:
     """Claim 4: a unit's mean gain in SSIM over the conditions in which something is recovered."""
-    kept = [part for part in conditions if not obstacle(part, arms[0], mean_image)]
+    kept = [part for part in conditions if not obstacle(part, arms[0])]
     each = [gains(part, *arms, metric="ssim") for part in kept or conditions]
     model = conditions[0][0].run.scenario.model
     return Endpoint(4, model, [Part([numpy.mean(each, axis=0)])], "" if kept else NOTHING_RECOVERED)
 
 
-def headline(results: Results, arms: tuple[str, str], mean_image: MeanImage) -> Endpoint:
+def headline(results: Results, arms: tuple[str, str]) -> Endpoint:
     """Claim 5: the first arm's PSNR is equivalent to the paper's within ±1 dB (two one-sided
     tests), and its SSIM is higher than the second's.
     """
     away = of_units(results, arms[0]) - published_psnr()
     parts = [Part([away], -1), Part([-away], -1), Part([gains(results, *arms, metric="ssim")])]
     model = results[0].run.scenario.model
-    return Endpoint(5, model, parts, obstacle(results, arms[0], mean_image))
+    return Endpoint(5, model, parts, obstacle(results, arms[0]))

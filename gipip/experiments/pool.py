@@ -37,7 +37,10 @@ class Processes(ThreadPoolExecutor):
         return super().submit(self._in_process, call, *arguments, **options)
 
     def _in_process(self, call: Callable, *arguments, **options):
-        process = self._idle.pop() if self._idle else self._another()
+        try:
+            process = self._idle.pop()
+        except IndexError:
+            process = self._another()
         future = process.submit(call, *arguments, **options)
         wait([future])
         if not isinstance(future.exception(), BrokenExecutor):

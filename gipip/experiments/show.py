@@ -1,7 +1,7 @@
 """How notebooks show what they find: tables, pictures, charts, claims and checks.
 
 sweep, save = start(store, figures, workers)
-frame = with_references(results, mean_image("cifar10"))
+frame = with_references(results)
 quality(frame)
 save("02_images", pictures({arm: results.select(arm=arm) for arm in ("IG", "GIPIP")}))
 save("02_quality", dots(frame, "batch size", "psnr"))
@@ -13,7 +13,7 @@ found("02_inversion_comparisons")
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from gipip.evaluation.published import published
 from gipip.evaluation.references import REFERENCES, at_psnr, mean_image, references
 from gipip.evaluation.statistics import Interval
 from gipip.experiments.claims import Comparison, save_findings
-from gipip.experiments.endpoints import Endpoint, MeanImage
+from gipip.experiments.endpoints import Endpoint
 from gipip.experiments.results import ASSUMPTIONS, Results, quality_table
+from gipip.experiments.scenario import Scenario
 from gipip.experiments.sweep import sweep
 from gipip.federation.models import Images
 from gipip.figures import PAGE, image_grid, interval_dots, paired_effect, save_figure, use_style
@@ -52,16 +53,13 @@ AXES = {
 """Labels of the paper's charts whose names alone do not say enough."""
 
 
-def start(
-    store: Path | str, figures: Path | str, workers: int, dataset: str = "cifar10"
-) -> tuple[Callable, Callable, MeanImage]:
-    """`sweep` and `save_figure` with a notebook's settings, and the mean image of the data set's
-    auxiliary images; sets the style of figures, and lets tables show long texts whole.
+def start(store: Path | str, figures: Path | str, workers: int) -> tuple[Callable, Callable]:
+    """`sweep` and `save_figure` with a notebook's settings; sets the style of figures, and
+    lets tables show long texts whole.
     """
     use_style()
     pandas.options.display.max_colwidth = None
-    save = partial(save_figure, folder=figures)
-    return partial(sweep, store=store, workers=workers), save, mean_image(dataset)
+    return partial(sweep, store=store, workers=workers), partial(save_figure, folder=figures)
 
 
 class Frames:
@@ -76,29 +74,41 @@ class Frames:
         self.images[iteration] = images
 
 
-def labelled(column: str, named: Mapping[Any, Results], mean_image: MeanImage) -> pandas.DataFrame:
+def labelled(column: str, named: Mapping[Any, Results]) -> pandas.DataFrame:
     """The frames of named results with references, one below the other, with the name in a
     `column`.
     """
     frames = []
     for name, results in named.items():
-        frames.append(with_references(results, mean_image))
+        frames.append(with_references(results))
         frames[-1][column] = name
     return pandas.concat(frames, ignore_index=True)
 
 
-def with_references(results: Results, mean_image: MeanImage) -> pandas.DataFrame:
+def with_references(results: Results) -> pandas.DataFrame:
     """The frame of results and, as further arms, what pictures reach on the same private images
     that need no attack: see `gipip.evaluation.references`, which names them.
     """
     frames = [results.frame()]
     for result in {result.run.scenario: result for result in results}.values():
-        pool = result.run.scenario.candidates()
-        unknown = dict.fromkeys(set(ASSUMPTIONS) & set(frames[0]), NOTHING)
-        for name, images in references(result.truth, mean_image).items():
-            measured = evaluate(images, result.truth, pool=pool)
-            frames.append(result.frame().assign(arm=name, **unknown, **measured))
+        drawn = Scenario(**result.run.scenario.model_dump(include=_DRAWN))
+        frame = result.frame().assign(**dict.fromkeys(ASSUMPTIONS, NOTHING))
+        for _, measured in _quality_of_references(drawn).groupby("arm", sort=False):
+            frames.append(frame.assign(**measured))
     return pandas.concat(frames, ignore_index=True)
+
+
+_DRAWN = {"dataset", "pool", "classes", "batch_size", "seed", "distinct_labels"}
+"""The fields of a scenario that say which images it draws."""
+
+
+@cache
+def _quality_of_references(drawn: Scenario) -> pandas.DataFrame:
+    """A row for each reference (its name as `arm`) and image that a scenario draws."""
+    truth, pool, frames = drawn.batch().images, drawn.candidates(), []
+    for name, images in references(truth, mean_image(drawn.dataset)).items():
+        frames.append(evaluate(images, truth, pool=pool).assign(arm=name))
+    return pandas.concat(frames)
 
 
 def quality(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -166,13 +176,11 @@ def decibels(image: Float[Tensor, "1 3 height width"]) -> Figure:
     return image_grid(rows, titles=[f"{level} dB" for level in levels], width=5)
 
 
-def beside_published(
-    chart: str, named: Mapping[Any, Results], here: str, mean_image: MeanImage
-) -> Figure:
+def beside_published(chart: str, named: Mapping[Any, Results], here: str) -> Figure:
     """One of the paper's charts of SSIM (see `published`) beside that of the arms
     "without" and "with" here, of results named by their places on its axis.
     """
-    measured = labelled(chart, named, mean_image).rename(columns={"arm": "anomaly score"})
+    measured = labelled(chart, named).rename(columns={"arm": "anomaly score"})
     wanted = ["without", "with", *REFERENCES]
     measured = measured[measured["anomaly score"].isin(wanted)]
     known = "" if chart == "batch size" else ", B not stated"
