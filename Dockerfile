@@ -10,7 +10,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home gipip
 
-WORKDIR /home/gipip/gipip
+WORKDIR /home/gipip
 COPY --chown=gipip . .
 USER gipip
 RUN PIP_NO_CACHE_DIR=1 make install
