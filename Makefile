@@ -12,19 +12,22 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
-.PHONY: help reproduce test lab notebooks clean
+.PHONY: help reproduce test docs lab notebooks clean
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figures/
 	$(BIN)/gipip reproduce --profile cpu
 
-test: $(READY) ## style, types, unit and property tests, then every committed notebook through nbval
-	$(BIN)/ruff check gipip tests benchmarks data notebooks
-	$(BIN)/ruff format --check gipip tests benchmarks data notebooks
+test: $(READY) docs ## the site, style, types, unit and property tests, then every committed notebook through nbval
+	$(BIN)/ruff check gipip tests benchmarks data docs notebooks
+	$(BIN)/ruff format --check gipip tests benchmarks data docs notebooks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 tests
 	GIPIP_HEADLESS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
+
+docs: $(READY) ## build the site of all pages, notebooks (as committed) and docstrings: docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -j 2 -c docs -d docs/_build/doctrees . docs/_build/html
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_quickstart.ipynb
@@ -39,4 +42,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean: ## remove the environment and all results (figures stay)
-	rm -rf $(VENV) results figures/smoke
+	rm -rf $(VENV) results figures/smoke docs/_build
