@@ -9,6 +9,9 @@ import tomllib
 import typing
 from pathlib import Path
 
+from docutils.nodes import SkipNode
+from docutils.utils.math.latex2mathml import tex2mathml
+
 typing.GENERATING_DOCUMENTATION = True  # jaxtyping then shows shapes as they stand in the source
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +40,8 @@ autodoc_inherit_docstrings = False
 maximum_signature_line_length = 80
 
 html_theme = "furo"
+html_copy_source = False
+html_math_renderer = "mathml"
 html_title = "gipip"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -53,5 +58,23 @@ def _literal(found: re.Match) -> str:
     return f"\\{found[1]}" if found[1] else f"\\ ``{' '.join(found[2].split())}``\\ "
 
 
+def without_constraints(app, what, name, obj, options, signature, returned):
+    """Types of settings as int, not as Annotated[int, Gt(gt=0)]: docstrings tell the ranges."""
+    return re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", signature or ""), returned
+
+
+def inline_formula(translator, node):
+    """MathML, which browsers draw by themselves."""
+    translator.body.append(tex2mathml(node.astext()))
+    raise SkipNode
+
+
+def formula(translator, node):
+    translator.body.append(tex2mathml(node.astext(), as_block=True))
+    raise SkipNode
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", as_literal_text)
+    app.connect("autodoc-process-signature", without_constraints)
+    app.add_html_math_renderer("mathml", (inline_formula, None), (formula, None))
