@@ -14,24 +14,27 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 
-.PHONY: help reproduce test lint check-notebooks lab notebooks install dist clean
+.PHONY: help reproduce test lint check-notebooks docs lab notebooks install dist clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 reproduce: $(READY) ## run all notebooks in the cpu profile and regenerate figures/
 	$(BIN)/gipip reproduce --profile cpu
 
-test: lint ## style, types, unit and property tests, then every committed notebook through nbval
+test: lint docs ## style, types, the site, unit and property tests, then every committed notebook through nbval
 	$(BIN)/python -m pytest -n 2 tests
 	GIPIP_HEADLESS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider notebooks
 
 lint: $(READY) ## style and types alone
-	$(BIN)/ruff check gipip tests benchmarks data notebooks
-	$(BIN)/ruff format --check gipip tests benchmarks data notebooks
+	$(BIN)/ruff check gipip tests benchmarks data docs notebooks
+	$(BIN)/ruff format --check gipip tests benchmarks data docs notebooks
 	$(BIN)/mypy
 
 check-notebooks: $(READY) ## the committed notebooks are executed, without errors and without stderr
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
+
+docs: $(READY) ## build the site of all pages, notebooks (as committed) and docstrings: docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -j 2 -c docs -d docs/_build/doctrees . docs/_build/html
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/00_quickstart.ipynb
@@ -51,4 +54,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean: ## remove the environment and all results (figures stay)
-	rm -rf $(VENV) dist results figures/smoke
+	rm -rf $(VENV) dist results figures/smoke docs/_build
