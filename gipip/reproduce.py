@@ -27,6 +27,10 @@ except ImportError as error:
     raise ProfileError(f"Notebooks need more packages ({error}): {advice}.") from error
 
 _PACKAGE = Path(__file__).parent
+_PACKED = _PACKAGE / "_notebooks"
+_NOTEBOOK = (
+    "notebook of the package (all are in its repository)" if _PACKED.is_dir() else "notebook"
+)
 # Without it ipykernel warns, in every notebook, that its sockets are not encrypted.
 _KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
 _RESERVE = 20  # seconds of a budget that go into starting and ending
@@ -37,12 +41,14 @@ class NotebookError(GipipError):
 
 
 def notebooks_folder() -> Path:
-    """The notebooks of this checkout; of an installed package a copy in ./notebooks, made once."""
-    packed = _PACKAGE / "_notebooks"
-    if not packed.is_dir():
+    """The notebooks of this checkout; of an installed package a copy in ./notebooks, made once.
+
+    The package holds the quickstart alone; the study's notebooks need weights of the repository.
+    """
+    if not _PACKED.is_dir():
         return _PACKAGE.parent / "notebooks"
     if not Path("notebooks").is_dir():
-        shutil.copytree(packed, "notebooks", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(_PACKED, "notebooks")
     return Path("notebooks").resolve()
 
 
@@ -124,7 +130,7 @@ def plan(
     shared, given = own.pop("all", {}), dict(parameters or {})
     declared = _declared(folder)
     for name, values in own.items():
-        _require("notebook", name, declared)
+        _require(_NOTEBOOK, name, declared)
         for parameter in values:
             _require(f"parameter of {name}", parameter, declared[name])
     for parameter in [*shared, *given]:
@@ -165,7 +171,7 @@ def _named(wanted: str, names: list[str]) -> str:
     """The notebook of that name or number; "2" is "02"."""
     numbers = {name.split("_")[0].lstrip("0"): name for name in names}
     name = numbers.get(wanted.lstrip("0"), wanted)
-    _require("notebook", name, names)
+    _require(_NOTEBOOK, name, names)
     return name
 
 

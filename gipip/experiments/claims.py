@@ -122,8 +122,8 @@ def _judged(endpoints: pandas.DataFrame) -> pandas.DataFrame:
 def write_findings(
     readme: Path | str, claims: pandas.DataFrame, comparisons: pandas.DataFrame
 ) -> bool:
-    """Write the table of claims between the marker lines of `readme`, and every comparison between
-    those of docs/claims.md beside it: what `collect_findings` gives.
+    """Write the table of claims between the marker lines of `readme`, and with every comparison
+    between those of docs/claims.md beside it: what `collect_findings` gives.
 
     Equal tables give equal bytes. A file without such lines, or that is not there, is left alone:
     False if it is `readme`.
@@ -131,14 +131,14 @@ def write_findings(
     readme = Path(readme)
     shown = claims.assign(difference=_differences(claims))
     shown = shown[["claim", "endpoint", "metric", "model", "units", "difference", "verdict"]]
-    shown = shown.fillna("–")
-    parts = []
+    table = _markdown(shown.fillna("–"))
+    parts = [f"## Primary endpoints\n\n{table}"]
     for claim, rows in comparisons.groupby("claim"):
         rows = rows.assign(difference=_differences(rows)).rename(columns={"count": "batches"})
         listed = rows[["compared", "metric", "images", "batches", "difference"]]
         parts.append(f"## {claim}\n\n{_markdown(listed)}")
     _fill(readme.parent / "docs" / "claims.md", "\n".join(parts))
-    return _fill(readme, _markdown(shown))
+    return _fill(readme, table)
 
 
 def _differences(table: pandas.DataFrame) -> list[str]:
