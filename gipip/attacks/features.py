@@ -10,7 +10,6 @@ Cocktail Party Attack (Kariyappa et al., ICML 2023: independent components) and 
 al., NeurIPS 2024: zeros of ReLU); here the softmax is used as well, and says what is right.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from gipip.attacks.labels import infer_labels
 from gipip.errors import UpdateError
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel, last_linear
+from gipip.federation.models import ClientModel, in_mode, last_linear
 
 ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
 _FLOAT32 = 1e-7
@@ -88,7 +87,7 @@ def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
 
 def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]:
     """Weights, bias, and the gradients of both, in float64; zeros for a bias that is not there."""
-    model = copy.deepcopy(model).train(update.mode == "train")
+    model = in_mode(model, update.mode)
     probe = torch.rand(4, *update.image_shape, generator=torch.Generator().manual_seed(0))
     name, _ = last_linear(model, probe.to(next(model.parameters())))
     layer = model.get_submodule(name)

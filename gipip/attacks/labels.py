@@ -1,14 +1,12 @@
 """Labels read off an update: what an attacker does when the client does not share them."""
 
-import copy
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gipip.errors import LabelError
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel, last_linear
+from gipip.federation.models import ClientModel, in_mode, last_linear
 
 _PROBES = 64
 
@@ -32,7 +30,7 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
     Raises ModelError for a model whose logits do not come from a linear layer,
     LabelError where that layer shares no gradient to infer them from.
     """
-    model = copy.deepcopy(model).train(update.mode == "train")
+    model = in_mode(model, update.mode)
     noise = torch.rand(_PROBES, *update.image_shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(next(model.parameters()))
     layer, _ = last_linear(model, noise[:4])

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gipip.attacks.engines import ClientGradient, client_gradient
 from gipip.attacks.loop import Variables
 from gipip.attacks.objectives import Gradients
-from gipip.errors import BatchSizeError
 from gipip.federation.client import SharedUpdate, check_labels
-from gipip.federation.models import ClientModel, Images, last_linear
+from gipip.federation.models import ClientModel, Images, in_mode, last_linear
 
 Prior = TypeVar("Prior", bound=nn.Module)
 
@@ -69,19 +68,14 @@ class View:
     def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **options) -> Self:
         """That of `update`, with the labels that came with it.
 
-        `engine`, `options`: of `client_gradient`. Raises LabelError, BatchSizeError or EngineError.
+        `engine`, `options`: of `client_gradient`. Raises LabelError or EngineError.
         """
-        model = copy.deepcopy(model).train(update.mode == "train")  # running statistics would move
+        model = in_mode(model, update.mode)
         gradients = client_gradient(model, update, engine, **options)
         target = gradients.laid_out(update.gradients)
         view = cls(model, update, gradients, target, update.labels)
         if update.labels is not None:
             check_labels(update.labels, view.classes)
-            if len(update.labels) != update.batch_size:
-                raise BatchSizeError(
-                    f"The update is of {update.batch_size} images but {len(update.labels)} labels "
-                    "came with it. Expected one label an image."
-                )
         return view
 
     @property

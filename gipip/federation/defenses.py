@@ -2,7 +2,6 @@
 order; their labels are shared with the update.
 """
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DefenseError
 from gipip.federation.client import SharedUpdate, local_update
-from gipip.federation.models import ClientModel, last_linear, mixes_images, prepared, trainable
+from gipip.federation.models import (
+    ClientModel,
+    in_mode,
+    last_linear,
+    mixes_images,
+    prepared,
+    trainable,
+)
 from gipip.files import fingerprint
 
 Private = tuple[ClientModel | None, LabeledImages | None]
@@ -247,7 +253,7 @@ def _recall(update: SharedUpdate, private: Private) -> tuple[ClientModel, Labele
             "Pass the model and batch that the update is of: defense(update, model=…, batch=…)."
         )
     update.check(model)
-    return copy.deepcopy(model).train(update.mode == "train"), batch
+    return in_mode(model, update.mode), batch
 
 
 def _with_noise(gradients: Sequence[Tensor], std: float, seed: int) -> Iterator[Tensor]:

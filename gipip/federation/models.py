@@ -16,15 +16,15 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages, described
 from gipip.data.download import cache_folder
-from gipip.errors import ModelError
+from gipip.errors import ModelError, UpdateError
 from gipip.files import DATA, fingerprint, read_tensors
 
-Images = Float[Tensor, "batch 3 height width"]
+Images = Float[Tensor, "batch channels height width"]
 Mode = Literal["eval", "train"]
 
 
@@ -49,7 +49,7 @@ class Normalize(nn.Module):
     @property
     def box(self) -> tuple[Tensor, Tensor]:
         """What [0, 1] becomes in normalised space: lower and upper bound per channel,
-        each of shape (3, 1, 1).
+        each of shape (channels, 1, 1).
         """
         return -self.mean / self.std, (1 - self.mean) / self.std
 
@@ -66,9 +66,12 @@ class ClientModel(nn.Module):
         return self.network(self.normalize(images))
 
 
-def client_model(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> ClientModel:
+def client_model(
+    network: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+) -> ClientModel:
     """Your own network, made ready for gipip: `network` expects images normalised with
-    `mean` and `std` and gives logits.
+    `mean` and `std`, one a channel, and gives logits. Leave both out for a network that takes
+    images in [0, 1].
     """
     return ClientModel(Normalize(mean, std), network)
 
@@ -193,6 +196,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
+def in_mode(model: ClientModel, mode: Mode) -> ClientModel:
+    """A copy of the model whose BatchNorm layers use running ("eval") or batch ("train")
+    statistics. All else is in eval mode: what acts at random, such as dropout, is off.
+    """
+    if mode not in ("eval", "train"):
+        raise UpdateError(f"Unknown {mode=}. Expected 'eval' or 'train'.")
+    model = copy.deepcopy(model).eval()  # whose running statistics may move
+    for module in model.modules():
+        module.training = mode == "train" and isinstance(module, _NormBase)
+    return model
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers."""
     return fingerprint(model.state_dict())
@@ -213,7 +228,8 @@ def check_client_model(model: nn.Module) -> None:
     """
     if not isinstance(model, ClientModel):
         raise ModelError(
-            f"{described(model)} has no normalisation layer. Use gipip.client_model(network, …)."
+            f"{described(model)} has no normalisation layer. Use gipip.client_model(network, mean, "
+            "std), without mean and std where it takes images in [0, 1]."
         )
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise ModelError("The model's lazy layers have no weights yet. Run it once: model(images).")

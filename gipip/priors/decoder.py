@@ -2,7 +2,6 @@
 that auxiliary images have taught what the features of one client model mean.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import UpdateError
-from gipip.federation.models import ClientModel, Mode, last_linear, model_fingerprint
+from gipip.federation.models import ClientModel, Mode, in_mode, last_linear, model_fingerprint
 from gipip.priors.base import (
     Images,
     LearningRate,
@@ -285,7 +284,7 @@ def features_of(
     model: ClientModel, images: Images, mode: Mode, random: torch.Generator
 ) -> Features:
     """What enters the model's last layer; in train mode of random batches."""
-    model = copy.deepcopy(model).train(mode == "train")
+    model = in_mode(model, mode)
     order = torch.arange(len(images))
     if mode == "train":
         order = torch.randperm(len(images), generator=random)
