@@ -193,9 +193,9 @@ def _attacked(
 ) -> "gipip.Reconstruction":
     """With the prior and the weights that there are for this size and model."""
     dataset = "imagenet64" if update.image_shape[-1] == 64 else "cifar10"
-    settings |= _prior_setting(kind, prior, dataset, client)
-    about = {"dataset": dataset, "model": model, "batch_size": update.batch_size}
-    condition = gipip.Scenario(**about).condition
+    settings |= _prior_setting(kind, prior, dataset, client, update.mode)
+    size = update.batch_size
+    condition = gipip.Scenario(dataset=dataset, model=model, batch_size=size).condition
     return _tuned_or_default(kind, condition, settings)(client, update)
 
 
@@ -210,6 +210,7 @@ def _prior_setting(
     file: Path | None,
     dataset: str,
     client: "gipip.ClientModel | None" = None,
+    mode: Literal["eval", "train"] = "eval",
 ) -> dict:
     """What the attack knows of natural images: from the file, else what ships for the data set, or
     a decoder for the client's model, trained within seconds.
@@ -224,7 +225,7 @@ def _prior_setting(
     if client is not None and wanted.kind == "decoder":
         auxiliary = gipip.load_dataset(dataset).auxiliary()
         score = gipip.load_prior(dataset).with_offset(0)
-        return {"prior": gipip.train_decoder(client, auxiliary, steps=0), "score": score}
+        return {"prior": gipip.train_decoder(client, auxiliary, mode=mode, steps=0), "score": score}
     name = "cifar10-3.8%" if (wanted.kind, dataset) == ("generator", "cifar10") else dataset
     return {"prior": wanted.shipped(name)}
 
