@@ -13,7 +13,7 @@ from gipip.attacks.engines import ClientGradient, client_gradient
 from gipip.attacks.loop import Variables
 from gipip.attacks.objectives import Gradients
 from gipip.federation.client import SharedUpdate, check_labels
-from gipip.federation.models import ClientModel, Images, in_mode, last_linear
+from gipip.federation.models import ClientModel, Images, class_logits, in_mode, last_linear
 
 Prior = TypeVar("Prior", bound=nn.Module)
 
@@ -93,7 +93,8 @@ class View:
     def classes(self) -> int:
         """How many the model knows."""
         with torch.no_grad():
-            return self.model(torch.zeros(self.shape).to(self.target[0])).shape[1]
+            logits = self.model(torch.zeros(self.shape).to(self.target[0]))
+        return class_logits(logits).shape[1]
 
     @cached_property
     def last_linear(self) -> str:
