@@ -41,7 +41,14 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.labels import infer_labels
 from gipip.data.datasets import LabeledImages, described, load_dataset
-from gipip.errors import BatchSizeError, DamagedFileError, DataError, GipipError, OutOfTime
+from gipip.errors import (
+    BatchSizeError,
+    DamagedFileError,
+    DataError,
+    DefenseError,
+    GipipError,
+    OutOfTime,
+)
 from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.references import REFERENCES, references
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
@@ -199,6 +206,8 @@ def _simulated(
     client, cases = Client(model), []
     for policy in ([], *map(_as_list, defenses)):
         name = ", then ".join(map(str, policy)) or "no defence"
+        if any(case.condition == name for case in cases):
+            raise DefenseError(f"The defence {name!r} is given twice. Give each once.")
         for batch, part in enumerate(_parts(images, [batch_size] * (len(images) // batch_size))):
             share = partial(client.share, part, defenses=policy, **options)
             cases.append(_Case(name, batch, share, part))
@@ -234,8 +243,12 @@ def _captured(
     for batch, (update, part) in enumerate(zip(updates, truth, strict=True)):
         update.check(model)
         name = ", then ".join(update.defenses) or "as captured"
-        cases.append(_Case(name, batch, lambda update=update: update, part))
+        cases.append(_Case(name, batch, partial(_same, update), part))
     return cases
+
+
+def _same(update: SharedUpdate) -> SharedUpdate:
+    return update
 
 
 # Attacking ------------------------------------------------------------------------
@@ -498,11 +511,12 @@ def _frame(work: _Work) -> pandas.DataFrame:
         return pandas.DataFrame()
     mean = work.auxiliary.images.mean(dim=0)
     room = max(1, _FINEST // math.prod(work.shape[-2:]))
-    pool = torch.cat([*truths.values(), work.auxiliary[:1000].images])[:room]
+    pool = torch.cat([*truths.values(), work.auxiliary[:1000].images])
+    pool = pool[: max(room, sum(map(len, truths.values())))]
     frames = []
     for batch, truth in truths.items():
         for arm, images in references(truth, mean).items():
-            about = {"condition": "", "arm": arm, "batch": batch}
+            about: dict[str, Any] = {"condition": "", "arm": arm, "batch": batch}
             frames.append(evaluate(images, truth, pool=pool).assign(**about))
     for piece in progress(work.chosen(), description="measuring", unit="attack"):
         about = {"condition": piece.case.condition, "arm": piece.arm, "batch": piece.case.batch}
@@ -512,18 +526,15 @@ def _frame(work: _Work) -> pandas.DataFrame:
 
 
 def _with_levels(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """With the level of each row: that of the highest line that it passes by at least two of PSNR,
-    SSIM and LPIPS.
-    """
+    """With the level of each row: that of the highest line that it passes."""
     level = pandas.Series("nothing", frame.index)
     for name, line in _LINES.items():
         lines = frame[frame["arm"] == line].set_index(["batch", "image"])
         lines = lines.loc[list(zip(frame["batch"], frame["image"], strict=True))]
-        reached = sum(
-            (frame[metric] * sign > lines[metric].to_numpy() * sign).astype(int)
-            for metric, sign in (("psnr", 1), ("ssim", 1), ("lpips", -1))
-        )
-        level = level.where(reached < 2, name)
+        lines.index = frame.index
+        passed = frame["ssim"] > lines["ssim"]
+        passed &= (frame["psnr"] > lines["psnr"]) | (frame["lpips"] < lines["lpips"])
+        level[passed] = name
     return frame.assign(level=level)
 
 
@@ -606,8 +617,10 @@ def _verdict(found: dict[str, Any], frame: pandas.DataFrame) -> dict[str, Any]:
     linkable = _linkable(found["name"], strongest["name"], frame)
     if "identified" in strongest:
         share = round(strongest["identified"][0] * images)
-        than = "more often than by their mean colour" if linkable else "not more than by chance"
-        reasons.append(f"{share} of {images} images are identified from their pictures, {than}.")
+        among = f"among {frame['candidates'].max():.0f} candidates"
+        than = "more" if linkable else "not surely more"
+        text = f"{share} of {images} images are identified {among}, {than} than by mean colour."
+        reasons.append(text)
     if levels["content"]:
         risk, summary = "high", "Private images are recovered well enough to tell what is on them."
     elif levels["outline"] or linkable or exact["confirmed"]:
@@ -636,14 +649,16 @@ def _accuracies(
     """What `train` reaches under each condition; kept, as it may take long."""
     path = work.folder / "accuracies.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    policies = dict(zip(work.conditions, ([], *map(_as_list, defenses)), strict=True))
-    for name, policy in progress(policies.items(), description="training", unit="training"):
+    policies = ([], *map(_as_list, defenses))
+    found = {}
+    pairs = list(zip(work.conditions, policies, strict=True))
+    for name, policy in progress(pairs, description="training", unit="training"):
         key = f"{model_fingerprint(work.model)[:16]} {name}"
         if key not in known:
             known[key] = float(train(policy))
             path.write_text(json.dumps(known, indent=1))
-        policies[name] = known[key]
-    return policies
+        found[name] = known[key]
+    return found
 
 
 def _written(work: _Work, accuracies: Mapping[str, float]) -> Audit:
@@ -675,7 +690,7 @@ def _about(work: _Work) -> dict[str, Any]:
     if update.fedavg:
         local = f"{update.fedavg.steps} local steps (FedAvg)"
     return {
-        "made": provenance() | {"gipip": gipip.__version__},
+        "made": provenance() | {"gipip": gipip.__version__, "threads": torch.get_num_threads()},
         "model": type(model.network).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "size": "×".join(map(str, work.shape[:0:-1])),
@@ -722,8 +737,8 @@ def _shown(piece: _Piece, frame: pandas.DataFrame) -> Iterator[dict[str, Any]]:
     rows = frame[(frame[list(wanted)] == pandas.Series(wanted)).all(axis=1)]
     for row in rows.to_dict("records"):
         index = row["image"]
-        yield {
-            **row,
+        measured = {str(name): value for name, value in row.items()}
+        yield measured | {
             "truth": _png(truth[index]),
             "reconstruction": _png(piece.images[row["matched"]]),
             "thumbnails": {
