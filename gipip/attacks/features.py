@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gipip.attacks.labels import infer_labels
 from gipip.errors import UpdateError
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel, in_mode, last_linear
+from gipip.federation.models import ClientModel, class_gradient, class_logits, in_mode, last_linear
 
 ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
 _FLOAT32 = 1e-7
@@ -93,15 +93,17 @@ def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     gradients = dict(zip(update.parameter_names, update.gradients, strict=True))
-    gradient = gradients.get(f"{name}.weight")
+    gradient = class_gradient(gradients.get(f"{name}.weight"))
     if gradient is None or not gradient.any():
         raise UpdateError(
             f"The update holds no gradient of {name}.weight, from which features are recovered: "
             "the layer is frozen, withheld or pruned. Another attack may do without it."
         )
     missing = torch.zeros(len(gradient))
-    bias = missing if layer.bias is None else layer.bias
-    tensors = (layer.weight, bias, gradient, gradients.get(f"{name}.bias", missing))
+    bias = missing if layer.bias is None else class_logits(layer.bias[None])[0]
+    weight = class_logits(layer.weight.T).T
+    bias_gradient = class_gradient(gradients.get(f"{name}.bias", missing))
+    tensors = (weight, bias, gradient, bias_gradient)
     return tuple(tensor.detach().cpu().double().numpy() for tensor in tensors)
 
 

@@ -13,7 +13,7 @@ from gipip.attacks.engines import ClientGradient, client_gradient
 from gipip.attacks.loop import Variables
 from gipip.attacks.objectives import Gradients
 from gipip.federation.client import SharedUpdate, check_labels
-from gipip.federation.models import ClientModel, Images, in_mode
+from gipip.federation.models import ClientModel, Images, class_logits, in_mode
 
 Prior = TypeVar("Prior", bound=nn.Module)
 
@@ -91,7 +91,8 @@ class View:
     def classes(self) -> int:
         """How many the model knows."""
         with torch.no_grad():
-            return self.model(torch.zeros(self.shape).to(self.target[0])).shape[1]
+            logits = self.model(torch.zeros(self.shape).to(self.target[0]))
+        return class_logits(logits).shape[1]
 
     def place(self, prior: Prior) -> Prior:
         """A copy of a prior on the attack's device and in its precision, made once."""

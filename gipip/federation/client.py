@@ -20,6 +20,7 @@ from gipip.federation.models import (
     Images,
     Mode,
     check_client_model,
+    class_logits,
     count_classes,
     entering,
     in_mode,
@@ -57,9 +58,10 @@ def local_update(
     labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
     fedavg: FedAvg | None = None,
     create_graph: bool = False,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """What a client computes, and an attacker simulates: the gradient of the mean
-    cross-entropy with respect to `parameters`.
+    cross-entropy, with `label_smoothing`, with respect to `parameters`.
 
     `inputs` are normalised, `labels` class indices or distributions over classes. With
     `fedavg` the mean gradient on the way of the local steps: (θ before − θ after) /
@@ -69,7 +71,8 @@ def local_update(
     """
 
     def gradient(weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        loss = nn.functional.cross_entropy(functional_call(network, weights, (inputs,)), labels)
+        logits = class_logits(functional_call(network, weights, (inputs,)))
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         return torch.autograd.grad(
             loss, tuple(weights.values()), create_graph=create_graph, materialize_grads=True
         )
@@ -219,7 +222,7 @@ class SharedUpdate:
             device = next(model.parameters()).device
             tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         fedavg = about.pop("fedavg")
-        told = {name: tuple(v) if isinstance(v, list) else v for name, v in about.items()}
+        told: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in about.items()}
         flat = [tensors[name] for name in sorted(tensors) if name.startswith("statistics/")]
         update = cls(
             gradients=tuple(tensors[f"gradients/{name}"] for name in told["parameter_names"]),
@@ -304,7 +307,14 @@ class Client:
         inputs, targets = prepared(model, batch)
         with torch.no_grad():
             found = batch_statistics(model.network, inputs) if statistics == "shared" else None
-        gradients = local_update(model.network, trainable(model.network), inputs, targets, fedavg)
+        gradients = local_update(
+            model.network,
+            trainable(model.network),
+            inputs,
+            targets,
+            fedavg,
+            label_smoothing=model.label_smoothing,
+        )
         update = SharedUpdate(
             gradients=tuple(gradient.detach() for gradient in gradients),
             parameter_names=tuple(trainable(model)),

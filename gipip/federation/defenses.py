@@ -201,11 +201,12 @@ class DPSGD(Defense):
                 f"{self} needs each single image's gradient, but BatchNorm mixes the images. Use "
                 "mode='eval' and running statistics, or a model such as 'convnet16-groupnorm'."
             )
-        parameters = trainable(model.network)
+        parameters, smoothing = trainable(model.network), model.label_smoothing
         total = [torch.zeros_like(parameter) for parameter in parameters.values()]
         for row in range(len(batch)):
             image = prepared(model, batch[[row]])
-            clipped = _clipped(local_update(model.network, parameters, *image), self.max_norm)
+            gradients = local_update(model.network, parameters, *image, label_smoothing=smoothing)
+            clipped = _clipped(gradients, self.max_norm)
             total = [so_far + gradient for so_far, gradient in zip(total, clipped, strict=True)]
         mean = [gradient / size for gradient in total]
         return _with_noise(mean, self.noise_multiplier * self.max_norm / size, seed)

@@ -55,25 +55,52 @@ class Normalize(nn.Module):
 
 
 class ClientModel(nn.Module):
-    """A network behind its normalisation layer: images in [0, 1] in, logits out."""
+    """A network behind its normalisation layer: images in [0, 1] in, logits out.
 
-    def __init__(self, normalize: Normalize, network: nn.Module):
+    `label_smoothing`: of the cross-entropy that it is trained with.
+    """
+
+    def __init__(self, normalize: Normalize, network: nn.Module, label_smoothing: float = 0.0):
         super().__init__()
         self.normalize = normalize
         self.network = network
+        self.label_smoothing = label_smoothing
 
     def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
         return self.network(self.normalize(images))
 
 
 def client_model(
-    network: nn.Module, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+    network: nn.Module,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    *,
+    label_smoothing: float = 0.0,
 ) -> ClientModel:
     """Your own network, made ready for gipip: `network` expects images normalised with
     `mean` and `std`, one a channel, and gives logits. Leave both out for a network that takes
     images in [0, 1].
+
+    It is trained with the mean cross-entropy, with `label_smoothing` from 0 to less than 1 as
+    PyTorch defines it. A single logit is the second of two classes, which is binary
+    cross-entropy. Raises ModelError for another smoothing.
     """
-    return ClientModel(Normalize(mean, std), network)
+    if not 0 <= label_smoothing < 1:
+        raise ModelError(f"{label_smoothing=}: expected a number from 0 to less than 1.")
+    return ClientModel(Normalize(mean, std), network, label_smoothing)
+
+
+def class_logits(logits: Float[Tensor, "batch logits"]) -> Float[Tensor, "batch classes"]:
+    """A logit for each class: (0, z) for the only one z of a binary classifier, so that its
+    binary cross-entropy is the cross-entropy of two classes.
+    """
+    return logits if logits.shape[1] > 1 else nn.functional.pad(logits, (1, 0))
+
+
+def class_gradient(gradient: Tensor | None) -> Tensor | None:
+    """Of the layer that gives the logits, a row for each class: (−g, g) where it gives one."""
+    one = gradient is not None and len(gradient) == 1
+    return torch.cat([-gradient, gradient]) if one else gradient
 
 
 def prepared(model: ClientModel, batch: LabeledImages) -> tuple[Images, Int[Tensor, "batch"]]:
@@ -246,26 +273,29 @@ def check_client_model(model: nn.Module) -> None:
 @torch.enable_grad()
 def count_classes(model: ClientModel, batch: LabeledImages) -> int:
     """How many classes the model tells apart: the width of the logits that a copy of it
-    gives the batch.
+    gives the batch, and two for a single logit.
 
     Raises ModelError when it cannot take the images, when what it gives are no logits,
     or when these do not depend on a trainable parameter.
     """
     check_client_model(model)
     try:
-        logits = copy.deepcopy(model.network)(prepared(model, batch)[0])
+        inputs = prepared(model, batch)[0]
+        if inputs.shape != batch.pixels.shape:
+            raise ValueError(f"mean and std are of {len(model.normalize.mean)} channels")
+        logits = copy.deepcopy(model.network)(inputs)
     except Exception as error:  # the network may be anybody's code
         shape = tuple(batch.pixels.shape)
         raise ModelError(
             f"The model cannot take a batch of shape {shape} ({error}). Build it for images of "
-            f"this size: build_model(…, image_size={shape[-1]})."
+            f"this shape, such as build_model(…, image_size={shape[-1]})."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.requires_grad:
         raise ModelError(
             f"The network gives {described(logits)}; expected logits, a tensor of shape (images, "
             "classes) that its trainable parameters differentiate. Wrap it in a module that does."
         )
-    return logits.shape[1]
+    return class_logits(logits).shape[1]
 
 
 Entered = list[tuple[str, nn.Module, Tensor]]
