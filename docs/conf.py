@@ -60,7 +60,9 @@ def _literal(found: re.Match) -> str:
 
 def without_constraints(app, what, name, obj, options, signature, returned):
     """Types of settings as int, not as Annotated[int, Gt(gt=0)]: docstrings tell the ranges."""
-    return re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", signature or ""), returned
+    if signature is None:
+        return None
+    return re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", signature), returned
 
 
 def inline_formula(translator, node):

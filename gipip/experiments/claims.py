@@ -8,7 +8,7 @@ notebook saves both as tables; `make reproduce` joins them and writes README.md 
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ import pandas
 from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, holm
 from gipip.experiments.endpoints import NOT_MEASURED, STUDY, Endpoint
-from gipip.experiments.results import Results
 
 
 class Comparison(NamedTuple):
@@ -38,19 +37,6 @@ class Comparison(NamedTuple):
         """Of the comparisons' table."""
         about = f"{self.about} {STUDY[self.about].claim}"
         return {"claim": about, **self._asdict(), **self.difference._asdict()}
-
-
-def compare(
-    results: Results, about: int, compared: str, a: Mapping, b: Mapping
-) -> list[Comparison]:
-    """By PSNR and by SSIM the paired difference a − b of the results that `a` and `b` select (see
-    `Results.difference`).
-    """
-    images = len(results.select(**a).frame())
-    return [
-        Comparison(about, compared, metric, images, results.difference(a, b, metric))
-        for metric in ("psnr", "ssim")
-    ]
 
 
 _NUMBERS: dict[str, type] = {"mean": float, "low": float, "high": float}
