@@ -13,6 +13,7 @@ A *condition* is what weights are tuned for (`Scenario.condition`).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pandas
 
@@ -112,7 +113,7 @@ def from_features(
     for scenario, score in zip(scenarios[:SEEDS], scores, strict=False):
         client, auxiliary = scenario.client_model(), load_dataset(scenario.dataset).auxiliary()
         decoder = train_decoder(client, auxiliary, mode=scenario.mode, **training)
-        about = {"iterations": iterations, "masked": bool(scenario.defenses)}
+        about: dict[str, Any] = {"iterations": iterations, "masked": bool(scenario.defenses)}
         refined.append(FeatureInversion(prior=decoder, **about))
         scored.append(FeatureInversion(prior=decoder, score=score, **about))
     decoded = [attack.model_copy(update={"iterations": 0}) for attack in refined]
