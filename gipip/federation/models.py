@@ -97,12 +97,6 @@ def class_logits(logits: Float[Tensor, "batch logits"]) -> Float[Tensor, "batch 
     return logits if logits.shape[1] > 1 else nn.functional.pad(logits, (1, 0))
 
 
-def class_gradient(gradient: Tensor | None) -> Tensor | None:
-    """Of the layer that gives the logits, a row for each class: (−g, g) where it gives one."""
-    one = gradient is not None and len(gradient) == 1
-    return torch.cat([-gradient, gradient]) if one else gradient
-
-
 def prepared(model: ClientModel, batch: LabeledImages) -> tuple[Images, Int[Tensor, "batch"]]:
     """What the network is trained on: the batch's images, normalised, in the type and on
     the device of the model, and the labels there.
