@@ -14,69 +14,32 @@ import io
 import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import jinja2
 import pandas
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_pil_image
 
 import gipip
-from gipip.attacks.base import Attack
-from gipip.attacks.checkpoints import Checkpoint
-from gipip.attacks.feature_inversion import FeatureInversion
-from gipip.attacks.features import recovered
-from gipip.attacks.gipip import GIPIP
-from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.attacks.labels import infer_labels
 from gipip.data.datasets import LabeledImages, described, load_dataset
-from gipip.errors import (
-    BatchSizeError,
-    DamagedFileError,
-    DataError,
-    DefenseError,
-    GipipError,
-    OutOfTime,
-)
+from gipip.errors import BatchSizeError, DataError, DefenseError
 from gipip.evaluation.recovery import LEVELS, linkable, recovery, reference_rows, summary
 from gipip.evaluation.references import references
 from gipip.experiments.sweep import provenance
-from gipip.experiments.version import code_version
+from gipip.experiments.timed import Case, Result, Work
 from gipip.federation.client import Client, FedAvg, SharedUpdate
-from gipip.federation.models import (
-    ClientModel,
-    Images,
-    Mode,
-    check_client_model,
-    in_mode,
-    last_linear,
-    model_fingerprint,
-    prepared,
-)
-from gipip.files import canonical_json, fingerprint, read_tensors, set_aside, write_tensors
-from gipip.priors.autoencoder import AnomalyScore, load_prior
-from gipip.priors.decoder import FeatureDecoder, train_decoder
-from gipip.progress import progress, quiet
+from gipip.federation.models import ClientModel, Images, Mode, check_client_model
+from gipip.progress import progress
 
-_EXACT = 0.01  # relative error of an image's features
-_MOST_ITERATIONS, _ENOUGH_ITERATIONS, _RESTARTS = 300, 100, 2
-_TUNED_SIZES = (1, 4, 8)  # of batches, for which weights ship
-_LARGEST = 3 * 96 * 96  # numbers in an image that a decoder gives
 _SHOWN = 12  # pictures of an attack
 _TEMPLATE = Path(__file__).with_name("audit.html")
-
-Kept = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors and JSON, as in one file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +112,7 @@ def audit(
         share = partial(Client(model).share, fedavg=fedavg, mode=mode, **told)
         cases = _simulated(share, truth, batch_size, policies)
     known = _auxiliary(auxiliary, cases[0].share().image_shape)
-    work = _Work(model, cases, Path(folder), minutes, ends, known)
+    work = Work(model, cases, Path(folder), minutes, ends, known)
     results = work.results()
     accuracies = {}
     if train and not updates:
@@ -159,25 +122,6 @@ def audit(
 
 
 # What is attacked -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Case:
-    """One update: of which condition and batch, and what the batch held, if that is known."""
-
-    condition: str
-    batch: int
-    share: Callable[[], SharedUpdate]  # made when it is needed: a large model's fill the memory
-    truth: LabeledImages | None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        update = self.share()
-        tensors = dict(zip(update.parameter_names, update.gradients, strict=True))
-        if update.labels is not None:
-            tensors["labels"] = update.labels
-        about = [update.mode, str(update.fedavg), update.batch_size, update.model_fingerprint]
-        return fingerprint(tensors, canonical_json(about))
 
 
 def _as_images(images: Any, labels: Tensor | None) -> LabeledImages | None:
@@ -201,7 +145,7 @@ def _simulated(
     images: LabeledImages | None,
     batch_size: int,
     policies: dict[str, list[Any]],
-) -> list[_Case]:
+) -> list[Case]:
     """What a client shares of each batch under each policy."""
     count = 0 if images is None else len(images)
     if images is None or not 1 <= batch_size <= count:
@@ -212,7 +156,7 @@ def _simulated(
     cases = []
     for name, policy in policies.items():
         for batch, part in enumerate(_parts(images, [batch_size] * (count // batch_size))):
-            cases.append(_Case(name, batch, partial(share, part, defenses=policy), part))
+            cases.append(Case(name, batch, partial(share, part, defenses=policy), part))
             if batch == 0:
                 cases[-1].share()  # raises what is wrong before any attack
     return cases
@@ -227,7 +171,7 @@ def _parts(images: LabeledImages, sizes: Iterable[int]) -> Iterator[LabeledImage
 
 def _captured(
     model: ClientModel, updates: SharedUpdate | Sequence[SharedUpdate], images: LabeledImages | None
-) -> list[_Case]:
+) -> list[Case]:
     """The updates, with the images behind them, in the same order, if they are known."""
     updates = [updates] if isinstance(updates, SharedUpdate) else updates
     sizes = [update.batch_size for update in updates]
@@ -241,7 +185,7 @@ def _captured(
     for batch, (update, part) in enumerate(zip(updates, truth, strict=True)):
         update.check(model)
         name = _name(update.defenses, "as captured")
-        cases.append(_Case(name, batch, partial(_on, model, update), part))
+        cases.append(Case(name, batch, partial(_on, model, update), part))
     return cases
 
 
@@ -251,216 +195,6 @@ def _on(model: ClientModel, update: SharedUpdate) -> SharedUpdate:
     gradients = tuple(gradient.to(device) for gradient in update.gradients)
     labels = None if update.labels is None else update.labels.to(device)
     return replace(update, gradients=gradients, labels=labels)
-
-
-# Attacking ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """What an attack on a case gave: images, or why not."""
-
-    case: _Case
-    arm: str
-    images: Images | None = None
-    about: dict[str, Any] | None = None
-    obstacle: str = ""
-
-
-@dataclass(eq=False)
-class _Work:
-    """All that takes time: planned, done while there is time, kept in a folder piece by piece."""
-
-    model: ClientModel
-    cases: list[_Case]
-    folder: Path
-    minutes: float
-    ends: float
-    auxiliary: LabeledImages
-
-    def __post_init__(self) -> None:
-        self.update = self.cases[0].share()
-        self.shape, self.size = self.update.image_shape, self.update.batch_size
-
-    def kept(self, kind: str, about: Sequence[Any], compute: Callable[[], Kept]) -> Kept:
-        """What a file holds, or what is computed instead, and then kept there."""
-        path = self.folder / kind / f"{_key(*about)}.safetensors"
-        if path.exists():
-            try:
-                return read_tensors(path)
-            except DamagedFileError as error:
-                aside = f"It is set aside as {set_aside(path).name} and computed again."
-                warnings.warn(f"{error} {aside}", stacklevel=2)
-        found = compute()
-        write_tensors(path, *found)
-        return found
-
-    # Who attacks ----------------------------------------------------------------------
-
-    @cached_property
-    def score(self) -> AnomalyScore | None:
-        """The shipped one for images of about this size."""
-        score = load_prior("cifar10" if max(self.shape[-2:]) <= 48 else "imagenet64")
-        return None if score.network.misfit(self.shape) else score.with_offset(0)
-
-    @cached_property
-    def decoder(self) -> FeatureDecoder | str:
-        """Of features, in closed form; or why there is none."""
-        if self.shape[0] != 3:
-            return "There is no decoder of features for images without colour."
-        if math.prod(self.shape) > _LARGEST:
-            return "A decoder of features for images as large as these would fill the memory."
-        auxiliary = self.auxiliary[: self.plan["auxiliary"]]
-        options: dict[str, Any] = {"mode": self.update.mode, "store": self.folder}
-        try:
-            return train_decoder(self.model, auxiliary, copies=2, steps=0, **options)
-        except GipipError as error:
-            return str(error)
-
-    def matching(self, **settings) -> InvertingGradients:
-        """Gradient matching, with the weights tuned for CIFAR-10 and the nearest batch size."""
-        nearest = max(size for size in _TUNED_SIZES if size <= self.size)
-        condition = f"cifar10/convnet/B={nearest}"
-        if self.score is None:
-            return InvertingGradients.tuned(condition, **settings)
-        return GIPIP.tuned(condition, prior=self.score, **settings)
-
-    def attacks(self) -> Iterator[tuple[str, Attack]]:
-        """By the names of their arms, the cheapest first."""
-        iterations = self.plan["iterations"]
-        if isinstance(self.decoder, FeatureDecoder):
-            features = FeatureInversion(prior=self.decoder, score=self.score, iterations=0)
-            yield "features, decoded", features
-            fewer = {"iterations": math.ceil(iterations / 3)}  # as its start is near
-            yield "features, refined", features.model_copy(update=fewer)
-        name = "GI-PIP" if self.score else "Inverting Gradients"
-        attack = self.matching(iterations=iterations, restarts=self.plan["restarts"])
-        yield name, attack
-        smoother = {"tv_weight": 10 * attack.tv_weight}  # as trained and defended clients need
-        yield f"{name}, smoother", attack.model_copy(update=smoother)
-
-    # When -----------------------------------------------------------------------------
-
-    @cached_property
-    def plan(self) -> dict[str, int]:
-        """How many auxiliary images a decoder gets, and how many iterations and restarts an attack,
-        so that all fits into the time. Kept, so that the same call goes on with the same attacks.
-        """
-        about = [model_fingerprint(self.model), self.shape, self.size, self.minutes]
-        return self.kept("plans", about, lambda: ({}, self.planned(60 * self.minutes)))[1]
-
-    def planned(self, seconds: float) -> dict[str, int]:
-        """A tenth of the time is for the decoder, half for iterations: more cannot be foreseen."""
-        setup, iteration = self.measured()
-        started = time.perf_counter()
-        with torch.no_grad():
-            self.model(self.auxiliary[:16].images.to(self.update.gradients[0]))
-        image = 2 * (time.perf_counter() - started) / 16  # and its mirror image
-        fit = 1.5e8 / self.auxiliary.pixels[0].numel()  # into the memory
-        for restarts in range(_RESTARTS, 0, -1):
-            starts = 2 * restarts  # of two attacks; the features attack takes a third of one
-            free = seconds / 2 - setup * len(self.cases) * (starts + 2)
-            iterations = int(free / len(self.cases) / (starts + 1 / 3) / iteration)
-            if iterations >= _ENOUGH_ITERATIONS:
-                break
-        iterations = min(max(iterations, 10), _MOST_ITERATIONS)
-        auxiliary = max(16, int(min(seconds / 10 / image, fit, len(self.auxiliary))))
-        return {"auxiliary": auxiliary, "iterations": iterations, "restarts": restarts}
-
-    def measured(self) -> tuple[float, float]:
-        """Seconds until an attack on the first case begins, and of an iteration."""
-        clock = [time.perf_counter()]
-        with quiet():
-            attack = self.matching(iterations=6)
-            attack(self.model, self.update, watch=partial(_tick, clock), watch_every=1)
-        return clock[1] - clock[0], median(later - sooner for sooner, later in pairwise(clock[1:]))
-
-    # How ------------------------------------------------------------------------------
-
-    def results(self) -> list[_Result]:
-        """Of every attack on every case, as far as the time allows."""
-        todo = [(case, *named) for named in self.attacks() for case in self.cases]
-        works = [attack.iterations * attack.restarts for _, _, attack in todo]
-        found, done = self.without_decoder(), 0
-        with progress(total=sum(works), description="attacks", unit="iteration") as bar:
-            for (case, arm, attack), amount in zip(todo, works, strict=True):
-                found.append(self.result(case, arm, attack, partial(_tock, bar)))
-                done += amount
-                bar.update(done - bar.n)
-        if not any(result.about for result in found):
-            reasons = "; ".join({result.obstacle: None for result in found})
-            raise GipipError(f"No attack gave anything: {reasons}")
-        return found
-
-    def without_decoder(self) -> list[_Result]:
-        """What stands against the features attack, if anything does."""
-        if isinstance(self.decoder, FeatureDecoder):
-            return []
-        return [_Result(case, "features", obstacle=self.decoder) for case in self.cases]
-
-    def result(self, case: _Case, arm: str, attack: Attack, watch: Callable) -> _Result:
-        settings = attack.model_dump(mode="json")
-        about = [case.fingerprint, settings, code_version(type(attack))]
-        checkpoint = Checkpoint(self.folder / "unfinished" / _key(*about), self.ends)
-        compute = partial(self.computed, case, attack, watch, checkpoint)
-        try:
-            with quiet():
-                tensors, details = self.kept("attacks", about, compute)
-        except OutOfTime:
-            return _Result(case, arm, obstacle="The time was over. The same call goes on with it.")
-        except GipipError as error:
-            return _Result(case, arm, obstacle=str(error))
-        checkpoint.remove()
-        return _Result(case, arm, tensors["images"], details | {"settings": settings})
-
-    def computed(
-        self, case: _Case, attack: Attack, watch: Callable, checkpoint: Checkpoint
-    ) -> Kept:
-        if time.time() >= self.ends:
-            raise OutOfTime("The time is over.")
-        found = attack(self.model, case.share(), watch=watch, checkpoint=checkpoint)
-        if found.interrupted:  # half a result must not be kept as a whole one
-            raise KeyboardInterrupt
-        names = ("assumptions", "seconds", "engine", "notes")
-        return {"images": found.images}, {name: getattr(found, name) for name in names}
-
-    def accuracy(self, name: str, train: Callable[[], float]) -> float:
-        about = [model_fingerprint(self.model), name]
-        _, kept = self.kept("accuracies", about, lambda: ({}, {"accuracy": float(train())}))
-        return kept["accuracy"]
-
-    # What needs no iterations ---------------------------------------------------------
-
-    def exact(self, case: _Case) -> dict[str, Any]:
-        """Of how many images labels and features are found, and what stands against it."""
-        return self.kept("exact", [case.fingerprint], partial(self.solved, case))[1]
-
-    def solved(self, case: _Case) -> Kept:
-        update = case.share()
-        counts: dict[str, Any] = {"images": update.batch_size}
-        try:
-            inferred = infer_labels(self.model, replace(update, labels=None)).cpu()
-            if case.truth:
-                counts["labels"] = _common(inferred, case.truth.labels)
-        except GipipError as error:
-            counts["no labels"] = str(error)
-        try:
-            found = recovered(self.model, update)
-        except GipipError as error:
-            return {}, counts | {"no features": str(error)}
-        counts["claimed"] = int((found.errors < _EXACT).sum())
-        if case.truth:
-            counts["confirmed"] = self.confirmed(case.truth, found.features)
-        return {}, counts
-
-    @torch.no_grad()
-    def confirmed(self, truth: LabeledImages, features: Tensor) -> int:
-        """How many features are those of an image, one each."""
-        model = in_mode(self.model, self.update.mode)
-        true = last_linear(model.network, prepared(model, truth)[0])[1].cpu().double()
-        wrong = torch.cdist(features, true) / true.norm(dim=1) >= _EXACT
-        rows, columns = linear_sum_assignment(wrong)
-        return int((~wrong[rows, columns]).sum())
 
 
 def _auxiliary(given: LabeledImages | None, shape: tuple[int, ...]) -> LabeledImages:
@@ -476,27 +210,10 @@ def _auxiliary(given: LabeledImages | None, shape: tuple[int, ...]) -> LabeledIm
     return given[given.shuffled("audit")]
 
 
-def _key(*about: Any) -> str:
-    return fingerprint({}, canonical_json(about))[:32]
-
-
-def _tick(clock: list[float], *_) -> None:
-    clock.append(time.perf_counter())
-
-
-def _tock(bar: Any, *_) -> None:
-    bar.update(25)  # iterations between two looks of an attack
-
-
-def _common(labels: Tensor, others: Tensor) -> int:
-    """How many of the labels are the same, in whichever order."""
-    return sum(min(int((labels == c).sum()), int((others == c).sum())) for c in labels.unique())
-
-
 # Judging --------------------------------------------------------------------------
 
 
-def _condition(work: _Work, name: str, results: list[_Result], frame: pandas.DataFrame) -> dict:
+def _condition(work: Work, name: str, results: list[Result], frame: pandas.DataFrame) -> dict:
     """All that was found under one condition; the most successful attack is first."""
     own = [result for result in results if result.case.condition == name]
     obstacles = {result.arm: result.obstacle for result in own if result.obstacle}
@@ -524,7 +241,7 @@ def _strength(frame: pandas.DataFrame, condition: str, attack: dict) -> tuple[fl
     return rows["level"].map(list(LEVELS).index).mean(), rows["ssim"].mean()
 
 
-def _exact(work: _Work, condition: str) -> dict[str, Any]:
+def _exact(work: Work, condition: str) -> dict[str, Any]:
     """Over all batches of a condition: counts, and the last obstacle of each kind."""
     total: dict[str, Any] = dict.fromkeys(("images", "labels", "claimed", "confirmed"), 0)
     for case in work.cases:
@@ -569,7 +286,7 @@ def _verdict(found: dict[str, Any], frame: pandas.DataFrame) -> dict[str, Any]:
 # Writing --------------------------------------------------------------------------
 
 
-def _written(work: _Work, results: list[_Result], accuracies: dict[str, float]) -> Audit:
+def _written(work: Work, results: list[Result], accuracies: dict[str, float]) -> Audit:
     done = [result for result in results if result.images is not None]
     truths = {case.batch: case.truth.images for case in work.cases if case.truth}
     frame = pandas.DataFrame()
@@ -593,7 +310,7 @@ def _written(work: _Work, results: list[_Result], accuracies: dict[str, float]) 
     return Audit(page, findings, frame)
 
 
-def _about(work: _Work) -> dict[str, Any]:
+def _about(work: Work) -> dict[str, Any]:
     """What was attacked, by whom, for how long."""
     update, made = work.update, provenance()
     steps = update.fedavg.steps if update.fedavg else 0
@@ -614,7 +331,7 @@ def _about(work: _Work) -> dict[str, Any]:
     }
 
 
-def _pictures(found: dict, done: list[_Result], frame: pandas.DataFrame) -> list[dict[str, Any]]:
+def _pictures(found: dict, done: list[Result], frame: pandas.DataFrame) -> list[dict[str, Any]]:
     """For each attack, in order, its pictures, worst cases first."""
     groups = []
     for attack in found["attacks"]:
@@ -628,7 +345,7 @@ def _pictures(found: dict, done: list[_Result], frame: pandas.DataFrame) -> list
     return groups
 
 
-def _shown(result: _Result, frame: pandas.DataFrame) -> Iterator[dict]:
+def _shown(result: Result, frame: pandas.DataFrame) -> Iterator[dict]:
     """The pictures of a case, with what was measured and what to compare them with."""
     if not result.case.truth:
         for image in result.images:
