@@ -13,7 +13,7 @@ from gipip.attacks.engines import ClientGradient, client_gradient
 from gipip.attacks.loop import Variables
 from gipip.attacks.objectives import Gradients
 from gipip.federation.client import SharedUpdate, check_labels
-from gipip.federation.models import ClientModel, Images, class_logits, in_mode
+from gipip.federation.models import ClientModel, Images, class_logits, in_mode, last_linear
 
 Prior = TypeVar("Prior", bound=nn.Module)
 
@@ -51,6 +51,7 @@ class View:
     `gradients(images, labels)`: what a client with these normalised images and labels (class
     indices or distributions) would share, differentiable. `target`: what the client did share, g*.
     `labels`: None if the attack optimises them. `start`: what an earlier stage found, for the next.
+    `apart`: the layer whose gradient an earlier stage took apart, so that it is matched no more.
     """
 
     model: ClientModel
@@ -61,6 +62,7 @@ class View:
     generator: torch.Generator = field(default_factory=torch.Generator)
     placed: dict[nn.Module, nn.Module] = field(default_factory=dict)
     start: Variables = field(default_factory=dict)
+    apart: str = ""
 
     @classmethod
     def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **options) -> Self:
@@ -93,6 +95,11 @@ class View:
         with torch.no_grad():
             logits = self.model(torch.zeros(self.shape).to(self.target[0]))
         return class_logits(logits).shape[1]
+
+    @cached_property
+    def last_linear(self) -> str:
+        """Name of the linear layer whose output the logits are."""
+        return last_linear(self.model, torch.zeros(self.shape).to(self.target[0]))[0]
 
     def place(self, prior: Prior) -> Prior:
         """A copy of a prior on the attack's device and in its precision, made once."""

@@ -13,21 +13,25 @@ A *condition* is what weights are tuned for (`Scenario.condition`).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pandas
 
 from gipip.attacks.base import Attack
+from gipip.attacks.feature_inversion import FeatureInversion
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.data.datasets import load_dataset
 from gipip.evaluation.published import published_psnr
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
-from gipip.experiments.claims import Comparison, compare
+from gipip.experiments.claims import Comparison
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.shares import gradient_shares
 from gipip.experiments.sweep import shipped_results
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
 from gipip.priors.autoencoder import AnomalyScore, load_prior
+from gipip.priors.decoder import train_decoder
 
 SEEDS = 3
 """Of clients and priors, over which units vary."""
@@ -36,6 +40,9 @@ EQUAL = "GIPIP at equal TV weight"
 """The arm of data/tuned.json that adds the anomaly score (c = 0) to tuned Inverting
 Gradients and changes nothing else.
 """
+
+METRICS = ("psnr", "ssim")
+"""By which arms are compared."""
 
 Arm = Attack | Sequence[Attack]
 """One attack, or one for each seed of the prior: unit i gets number i mod their count."""
@@ -93,6 +100,26 @@ def equal_tv(scenarios: Iterable[Scenario], priors: Sequence[AnomalyScore], **ch
     return todo
 
 
+def from_features(
+    scenarios: Sequence[Scenario], scores: Sequence[AnomalyScore], iterations: int, **training
+) -> dict[str, Arm]:
+    """The features attack on scenarios of one condition: "decoded" alone, "refined", and "refined,
+    with AS", the anomaly score of the same seed. Each client model gets its own decoder.
+
+    `training`: settings of `train_decoder`. Under a defence, only entries that are not zero are
+    matched.
+    """
+    refined, scored = [], []
+    for scenario, score in zip(scenarios[:SEEDS], scores, strict=False):
+        client, auxiliary = scenario.client_model(), load_dataset(scenario.dataset).auxiliary()
+        decoder = train_decoder(client, auxiliary, mode=scenario.mode, **training)
+        about: dict[str, Any] = {"iterations": iterations, "masked": bool(scenario.defenses)}
+        refined.append(FeatureInversion(prior=decoder, **about))
+        scored.append(FeatureInversion(prior=decoder, score=score, **about))
+    decoded = [attack.model_copy(update={"iterations": 0}) for attack in refined]
+    return {"decoded": decoded, "refined": refined, "refined, with AS": scored}
+
+
 def defended(kind: str, strength: float) -> Defense:
     """A defence by the name that tables give it: "noise" of standard deviation, "sparsity"
     or "Soteria" of share, or "DP-SGD" (C = 1) of noise multiplier `strength`.
@@ -117,8 +144,10 @@ def compare_arms(
     found = []
     for condition in dict.fromkeys(result.run.scenario.condition for result in results):
         text = ", ".join([compared, *condition.replace("=", " = ").split("/")[1:]])
-        ours, theirs = ({"condition": condition, "arm": name} for name in (arm, baseline))
-        found += compare(results, about, text, ours, theirs)
+        images = len(results.select(arm=arm, condition=condition).images)
+        for metric in METRICS:
+            effect = results.effect(arm, baseline, metric, condition=condition)
+            found.append(Comparison(about, text, metric, images, effect))
     return found
 
 
@@ -129,7 +158,7 @@ def compare_losses(
     from the first arm of `less` to its second, on the same images.
     """
     found = []
-    for metric in ("psnr", "ssim"):
+    for metric in METRICS:
         wide = results.frame().pivot_table(metric, ["batch", "image"], "arm")
         losses = (wide[before] - wide[after] for before, after in (more, less))
         effect = paired_difference(*losses, groups=wide.index.get_level_values("batch"))

@@ -104,11 +104,14 @@ class FeatureDecoder(Prior):
         mean features, as a Wiener filter does; those of an infinite one become the mean image.
         """
         if errors is not None:
-            noise = (errors * features.norm(dim=1)).square()
-            trust = (1 / (1 + noise / self.decoder.variance)).nan_to_num(0)[:, None]
-            centre = self.decoder.centre
+            trust, centre = self.trust(features, errors)[:, None], self.decoder.centre
             features = torch.where(trust > 0, centre + trust * (features - centre), centre)
         return self.decoder(features)
+
+    def trust(self, features: Features, errors: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """How much features of these relative errors still tell: a share of variance, in [0, 1]."""
+        noise = (errors * features.norm(dim=1)).square()
+        return (1 / (1 + noise / self.decoder.variance)).nan_to_num(0)
 
     def check_model(self, model: str, mode: Mode) -> None:
         """Raise UpdateError unless it was trained for the client model of this fingerprint, in
