@@ -77,6 +77,7 @@ def audit(
     auxiliary: LabeledImages | None = None,
     train: Callable[[list], float] | None = None,
     minutes: float = 10,
+    seeds: int = 2,
     folder: Path | str = "results/audit",
 ) -> Audit:
     """What a client with `model` gives away of `images`: attacked, judged, and written as
@@ -90,14 +91,15 @@ def audit(
     infer them. `auxiliary`: other images of the kind, which the attacker owns; by default
     CIFAR-10's 1,900 that ship, scaled. `train(defenses)`: trains under such a list, empty for none,
     and gives the accuracy in [0, 1]. `minutes`: for all attacks together, from which the number of
-    iterations follows; the time of `train` comes on top.
+    iterations follows; the time of `train` comes on top. `seeds`: random starts of an attack, at
+    most; the one of lowest attacker-visible cost counts.
 
     What is finished is kept in `folder`: after an interruption, or when the time was too short, the
     same call goes on. Raises DataError, LabelError, BatchSizeError, ModelError, DefenseError or
     UpdateError for what cannot be used, before any attack; GipipError when no attack is possible.
     """
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise DataError(f"Expected minutes above 0; got {minutes}.")
+    if not (math.isfinite(minutes) and minutes > 0 and seeds >= 1):
+        raise DataError(f"Expected minutes > 0 and seeds ≥ 1; got {minutes} and {seeds}.")
     ends = time.time() + 60 * minutes
     check_client_model(model)
     model = copy.deepcopy(model).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,7 +114,7 @@ def audit(
         share = partial(Client(model).share, fedavg=fedavg, mode=mode, **told)
         cases = _simulated(share, truth, batch_size, policies)
     known = _auxiliary(auxiliary, cases[0].share().image_shape)
-    work = Work(model, cases, Path(folder), minutes, ends, known)
+    work = Work(model, cases, Path(folder), minutes, seeds, ends, known)
     results = work.results()
     accuracies = {}
     if train and not updates:

@@ -42,7 +42,7 @@ from gipip.priors.decoder import FeatureDecoder, train_decoder
 from gipip.progress import progress, quiet
 
 _EXACT = 0.01  # relative error of an image's features
-_MOST_ITERATIONS, _ENOUGH_ITERATIONS, _RESTARTS = 300, 100, 2
+_MOST_ITERATIONS, _ENOUGH_ITERATIONS = 300, 100
 _TUNED_SIZES = (1, 4, 8)  # of batches, for which weights ship
 _LARGEST = 3 * 96 * 96  # numbers in an image that a decoder gives
 
@@ -88,6 +88,7 @@ class Work:
     cases: list[Case]
     folder: Path
     minutes: float
+    seeds: int
     ends: float
     auxiliary: LabeledImages
 
@@ -159,7 +160,7 @@ class Work:
         """How many auxiliary images a decoder gets, and how many iterations and restarts an attack,
         so that all fits into the time. Kept, so that the same call goes on with the same attacks.
         """
-        about = [model_fingerprint(self.model), self.shape, self.size, self.minutes]
+        about = [model_fingerprint(self.model), self.shape, self.size, self.minutes, self.seeds]
         return self.kept("plans", about, lambda: ({}, self.planned(60 * self.minutes)))[1]
 
     def planned(self, seconds: float) -> dict[str, int]:
@@ -170,7 +171,7 @@ class Work:
             self.model(self.auxiliary[:16].images.to(self.update.gradients[0]))
         image = 2 * (time.perf_counter() - started) / 16  # and its mirror image
         fit = 1.5e8 / self.auxiliary.pixels[0].numel()  # into the memory
-        for restarts in range(_RESTARTS, 0, -1):
+        for restarts in range(self.seeds, 0, -1):
             starts = 2 * restarts  # of two attacks; the features attack takes a third of one
             free = seconds / 2 - setup * len(self.cases) * (starts + 2)
             iterations = int(free / len(self.cases) / (starts + 1 / 3) / iteration)
