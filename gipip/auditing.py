@@ -59,6 +59,8 @@ from gipip.federation.models import (
     ClientModel,
     Images,
     Mode,
+    check_client_model,
+    in_mode,
     last_linear,
     model_fingerprint,
     prepared,
@@ -149,6 +151,7 @@ def audit(
     truth = _as_images(images, labels)
     options: dict[str, Any] = {"fedavg": fedavg, "mode": mode}
     options["labels"] = "given" if share_labels else "withheld"
+    check_client_model(model)
     model = copy.deepcopy(model).to("cuda" if torch.cuda.is_available() else "cpu")
     if updates:
         cases = _captured(model, updates, truth)
@@ -242,6 +245,7 @@ def _captured(
     cases = []
     for batch, (update, part) in enumerate(zip(updates, truth, strict=True)):
         update.check(model)
+        update = _on(next(model.parameters()).device, update)
         name = ", then ".join(update.defenses) or "as captured"
         cases.append(_Case(name, batch, partial(_same, update), part))
     return cases
@@ -249,6 +253,12 @@ def _captured(
 
 def _same(update: SharedUpdate) -> SharedUpdate:
     return update
+
+
+def _on(device: torch.device, update: SharedUpdate) -> SharedUpdate:
+    gradients = tuple(gradient.to(device) for gradient in update.gradients)
+    labels = None if update.labels is None else update.labels.to(device)
+    return replace(update, gradients=gradients, labels=labels)
 
 
 # Attacking ------------------------------------------------------------------------
@@ -457,7 +467,7 @@ class _Work:
     def true_errors(self, case: _Case, features: Tensor) -> Tensor:
         """Relative errors of recovered features, each matched to an image."""
         assert case.truth
-        model = copy.deepcopy(self.model).train(self.mode == "train")
+        model = in_mode(self.model, self.mode)
         inputs, _ = prepared(model, case.truth)
         truth = last_linear(model.network, inputs)[1].cpu().double()
         errors = torch.cdist(features, truth) / truth.norm(dim=1)
@@ -469,7 +479,8 @@ def _auxiliary(given: LabeledImages | None, shape: tuple[int, ...]) -> LabeledIm
     """The attacker's images, as large as the private ones."""
     if given is None:
         pool = load_dataset("cifar10").auxiliary()
-        scaled = interpolate(pool.images, shape[-2:], mode="bilinear", antialias=True)
+        images = pool.images if shape[0] == 3 else pool.images.mean(dim=1, keepdim=True)
+        scaled = interpolate(images, shape[-2:], mode="bilinear", antialias=True)
         return LabeledImages(scaled.clamp(0, 1), pool.labels)
     if tuple(given.pixels.shape[1:]) != shape:
         found = f"{described(given.pixels)}, the private ones {shape}"
@@ -506,23 +517,28 @@ def _frame(work: _Work) -> pandas.DataFrame:
     """A row for each condition, arm and image: how close, and how much of it was recovered. What
     needs no attack are arms as well, of the condition "".
     """
-    truths = {case.batch: case.truth.images for case in work.cases if case.truth}
+    truths = {case.batch: _in_colour(case.truth.images) for case in work.cases if case.truth}
     if not truths:
         return pandas.DataFrame()
-    mean = work.auxiliary.images.mean(dim=0)
+    others = _in_colour(work.auxiliary[:1000].images)
     room = max(1, _FINEST // math.prod(work.shape[-2:]))
-    pool = torch.cat([*truths.values(), work.auxiliary[:1000].images])
+    pool = torch.cat([*truths.values(), others])
     pool = pool[: max(room, sum(map(len, truths.values())))]
     frames = []
     for batch, truth in truths.items():
-        for arm, images in references(truth, mean).items():
+        for arm, images in references(truth, others.mean(dim=0)).items():
             about: dict[str, Any] = {"condition": "", "arm": arm, "batch": batch}
             frames.append(evaluate(images, truth, pool=pool).assign(**about))
     for piece in progress(work.chosen(), description="measuring", unit="attack"):
         about = {"condition": piece.case.condition, "arm": piece.arm, "batch": piece.case.batch}
-        table = evaluate(piece.images, truths[piece.case.batch], pool=pool)
+        table = evaluate(_in_colour(piece.images), truths[piece.case.batch], pool=pool)
         frames.append(table.assign(**about))
     return _with_levels(pandas.concat(frames, ignore_index=True))
+
+
+def _in_colour(images: Images) -> Images:
+    """As the measures take them: a single channel three times."""
+    return images.expand(-1, 3, -1, -1)
 
 
 def _with_levels(frame: pandas.DataFrame) -> pandas.DataFrame:
