@@ -123,6 +123,11 @@ def hardsigmoid_backward(output_gradient, inputs):
     return torch.where((inputs > -3) & (inputs < 3), output_gradient / 6, 0)
 
 
+def silu_backward(output_gradient, inputs):
+    sigmoid = inputs.sigmoid()
+    return output_gradient * sigmoid * (1 + inputs * (1 - sigmoid))
+
+
 # A recording says how a tensor lay in memory, which need not be how it lies when the
 # recording runs.
 
@@ -141,7 +146,7 @@ INSTEAD = {
     _aten.threshold_backward.default: relu_backward,
     _aten.max_pool2d_with_indices_backward.default: max_pool_backward,
     _aten.hardsigmoid_backward.default: hardsigmoid_backward,
-    _aten.silu_backward.default: _aten.infinitely_differentiable_silu_backward.default,
+    _aten.silu_backward.default: silu_backward,
     _aten.view.default: _reshape,
     _aten._reshape_alias.default: _reshape,
     _aten.as_strided.default: _as_strided,
