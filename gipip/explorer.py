@@ -36,6 +36,8 @@ _NOISE = [defended("noise", std) for std in (0.001, 0.01, 0.1)]
 _OTHERS = [defended("sparsity", 0.9), defended("Soteria", 0.5), defended("DP-SGD", 0.01)]
 _DEFENSES = [("none", ()), *((str(defense), (defense,)) for defense in (*_NOISE, *_OTHERS))]
 _MODELS = ["convnet", "convnet16", "resnet18", "lenet"]
+_GENERATORS = {"cifar10": "cifar10-3.8%"}  # of other data sets they are called as these are
+_SHOWN = ("private", "reconstruction", "cost")
 _WEIGHTS = ("tv_weight", "as_weight")
 _WIDTH, _HEIGHT = 400, 256  # of a picture at most, in pixels: two fit side by side
 _REFRESH = 0.5  # seconds between two pictures
@@ -85,12 +87,13 @@ class Explorer:
         self.seed = ipywidgets.IntSlider(0, 0, 31, description="private batch", **_labelled)
         self.batch_size = choice(options=sizes, description="batch size")
         self.pictures = ipywidgets.FileUpload(accept="image/*", multiple=True)
-        self.pictures.description, self.pictures.layout.width = "or your own pictures", "300px"
+        # More than 10 MB breaks Jupyter's connection, and the button with it.
+        self.pictures.description, self.pictures.layout.width = "or your own, below 10 MB", "300px"
         self.model = choice(options=_MODELS, description="client's model")
         self.defense = choice(options=_DEFENSES, description="client's defence")
         self.attack = choice(options=_ATTACKS, description="attack")
-        number = partial(ipywidgets.BoundedIntText, min=1, max=10_000, **_labelled)
-        self.iterations = number(200, description="iterations")
+        number = {"min": 1, "max": 10_000, "description": "iterations", **_labelled}
+        self.iterations = ipywidgets.BoundedIntText(200, **number)
         weight = partial(ipywidgets.BoundedFloatText, max=1e6, step=1e-3, **_labelled)
         self.tv_weight, self.as_weight = weight(description="λ TV"), weight(description="λ AS")
         self.origin = ipywidgets.HTML()
@@ -100,7 +103,7 @@ class Explorer:
         self.bar = ipywidgets.IntProgress(layout={"width": "20em"})
         self.message = ipywidgets.HTML()
         image = partial(ipywidgets.Image, format="png", layout={"flex": "none"})
-        self.truth, self.reconstruction, self.curve = image(), image(), image()
+        self.images = {name: image() for name in _SHOWN}
         self._arrange()
         self._connect()
 
@@ -110,12 +113,7 @@ class Explorer:
         self.controls = [*client, *attacker]
         columns = ipywidgets.VBox(client), ipywidgets.VBox(attacker)
         buttons = [self.start_button, self.stop_button, self.save_button, self.bar]
-        titled = {
-            "private (the attack never sees it)": self.truth,
-            "reconstruction": self.reconstruction,
-            "cost": self.curve,
-        }
-        pictures = [ipywidgets.VBox([ipywidgets.Label(title), titled[title]]) for title in titled]
+        pictures = [ipywidgets.VBox([ipywidgets.Label(name), self.images[name]]) for name in _SHOWN]
         row = partial(ipywidgets.HBox, layout={"flex_flow": "row wrap"})
         parts = [row(columns), self.origin, row(buttons), self.message, row(pictures)]
         self.panel = ipywidgets.VBox(parts)
@@ -143,8 +141,7 @@ class Explorer:
 
     def _draw(self, *_) -> None:
         """The private images are a batch of the data set, and no uploaded pictures."""
-        size, seed = self.batch_size.value, self.seed.value
-        self._take(self.data.private(batch_size=size, seed=seed))
+        self._take(self.data.private(self.batch_size.value, self.seed.value))
         self.pictures.value = ()
 
     def _read(self, *_) -> None:
@@ -158,14 +155,14 @@ class Explorer:
 
     def _take(self, batch: gipip.LabeledImages) -> None:
         self.batch = batch
-        self.truth.value = picture(batch.images)
+        self.images["private"].value = picture(batch.images)
         self._clear()
 
     def _clear(self) -> None:
         """Nothing is left of an earlier attack."""
         self.record: dict[str, Any] = {}
-        self.reconstruction.value = picture(torch.full_like(self.batch.images, 0.9))
-        self.curve.value = curve({})
+        self.images["reconstruction"].value = picture(torch.full_like(self.batch.images, 0.9))
+        self.images["cost"].value = curve({})
         self.message.value = ""
         self.bar.value = 0
         self._enable()
@@ -182,9 +179,8 @@ class Explorer:
         for name in _WEIGHTS:
             if name in fields:
                 getattr(self, name).value = settings.get(name, fields[name].default)
-        none = "the attack's own weights: none were tuned for"
-        whose = "weights tuned for" if settings else none
-        self.origin.value = f"{whose} {self.scenario.condition}"
+        whose = "tuned" if settings else "the attack's own, because none were tuned"
+        self.origin.value = f"weights: {whose} for {self.scenario.condition}"
         self._enable()
 
     def _tuned(self) -> dict[str, float]:
@@ -212,9 +208,7 @@ class Explorer:
             self._say("learning, from auxiliary images, to decode this network's features")
             return self._decoder(model)
         if kind is gipip.GenerativePrior:
-            return gipip.load_generator(
-                "cifar10-3.8%" if self.data.name == "cifar10" else self.data.name
-            )
+            return gipip.load_generator(_GENERATORS.get(self.data.name, self.data.name))
         return self.prior
 
     # Running ------------------------------------------------------------------------
@@ -265,8 +259,8 @@ class Explorer:
     def _show(self, done: int, cost: float, images: Tensor, history: Mapping) -> None:
         self.bar.value = done
         self._say(f"{done} iterations, cost {cost:.4g}")
-        self.reconstruction.value = picture(images)
-        self.curve.value = curve(history)
+        self.images["reconstruction"].value = picture(images)
+        self.images["cost"].value = curve(history)
 
     def _finish(self, attack: gipip.Attack, result: gipip.Reconstruction) -> None:
         quality = gipip.evaluate(result, self.batch)
@@ -289,10 +283,9 @@ class Explorer:
         own, which the message names.
         """
         folder = _FOLDER.resolve() / time.strftime("%Y-%m-%d_%H-%M-%S")
-        files = {"private": self.truth, "reconstruction": self.reconstruction, "cost": self.curve}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, image in files.items():
+            for name, image in self.images.items():
                 (folder / f"{name}.png").write_bytes(image.value)
             (folder / "result.json").write_text(json.dumps(self.record, indent=2))
             self._say(f"saved in {folder}")
@@ -332,8 +325,7 @@ def picture(images: Float[Tensor, "batch 3 height width"]) -> bytes:
 
 def curve(history: Mapping[str, Sequence[float] | Tensor]) -> bytes:
     """Each term of the cost over the iterations, on a logarithmic axis, as a PNG of 400 × 256."""
-    size = (_WIDTH / 100, _HEIGHT / 100)
-    figure = Figure(figsize=size, dpi=100, layout="constrained")  # not pyplot's: for any thread
+    figure = Figure(figsize=(4, 2.56), layout="constrained")  # not pyplot's: for any thread
     axes = figure.subplots()
     axes.set(xlabel="iteration", ylabel="weighted cost", yscale="log")
     for term, values in history.items():
@@ -341,5 +333,5 @@ def curve(history: Mapping[str, Sequence[float] | Tensor]) -> bytes:
     if history:
         axes.legend(fontsize="small")
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi="figure")
+    figure.savefig(file, format="png", dpi=100)
     return file.getvalue()

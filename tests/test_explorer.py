@@ -65,23 +65,28 @@ def test_a_person_who_watches_gets_the_panel(monkeypatch):
 
 
 def test_the_truth_is_shown_and_follows_batch_and_batch_size(explorer):
-    seen = [explorer.truth.value]
+    seen = [explorer.images["private"].value]
     explorer.seed.value = 1
-    seen.append(explorer.truth.value)
+    seen.append(explorer.images["private"].value)
     explorer.batch_size.value = 4
-    seen.append(explorer.truth.value)
+    seen.append(explorer.images["private"].value)
     assert len(set(seen)) == 3
-    assert explorer.truth.value == picture(explorer.data.private(batch_size=4, seed=1).images)
+    assert explorer.images["private"].value == picture(
+        explorer.data.private(batch_size=4, seed=1).images
+    )
 
 
 @pytest.mark.parametrize("attack", ["GIPIP", "InvertingGradients", "FeatureInversion", "DLG"])
 def test_every_attack_runs_and_ends_with_its_picture_curve_and_quality(explorer, attack):
     explorer.model.value, explorer.attack.label = "lenet", attack
-    blank = explorer.reconstruction.value, explorer.curve.value
+    blank = explorer.images["reconstruction"].value, explorer.images["cost"].value
     finish(explorer)
     assert explorer.record["attack"]["name"] == attack
-    assert explorer.reconstruction.value != blank[0] and explorer.curve.value != blank[1]
-    assert size(explorer.reconstruction.value) == size(explorer.truth.value)
+    assert (
+        explorer.images["reconstruction"].value != blank[0]
+        and explorer.images["cost"].value != blank[1]
+    )
+    assert size(explorer.images["reconstruction"].value) == size(explorer.images["private"].value)
     assert all(text in explorer.message.value for text in ("PSNR", "SSIM", "LPIPS"))
     assert explorer.bar.value == 6 and "6 iterations in" in explorer.message.value
 
@@ -98,7 +103,9 @@ def test_gias_searches_with_the_generator_that_ships(explorer):
 def test_the_pictures_arrive_while_the_attack_runs(explorer, monkeypatch):
     monkeypatch.setattr(module, "_REFRESH", 0)
     pictures = []
-    explorer.reconstruction.observe(lambda change: pictures.append(change["new"]), "value")
+    explorer.images["reconstruction"].observe(
+        lambda change: pictures.append(change["new"]), "value"
+    )
     finish(explorer)
     assert len(set(pictures)) >= 6
 
@@ -115,7 +122,7 @@ def test_tuned_weights_follow_model_batch_size_attack_and_defence(explorer):
 
     def look():
         seen.append((explorer.tv_weight.value, explorer.as_weight.value))
-        assert f"weights tuned for {explorer.scenario.condition}" in explorer.origin.value
+        assert f"weights: tuned for {explorer.scenario.condition}" in explorer.origin.value
 
     look()
     explorer.batch_size.value = 8
@@ -173,7 +180,10 @@ def png(width, height, color="red"):
 
 def test_pictures_of_ones_own_are_attacked_in_place_of_the_data_sets(explorer):
     explorer.pictures.value = [upload("a.png", png(90, 60)), upload("b.png", png(32, 32, "blue"))]
-    colours = [Image.open(io.BytesIO(explorer.truth.value)).getpixel((50, y)) for y in (50, 200)]
+    colours = [
+        Image.open(io.BytesIO(explorer.images["private"].value)).getpixel((50, y))
+        for y in (50, 200)
+    ]
     assert colours == [(255, 0, 0), (0, 0, 255)]
     finish(explorer)
     assert explorer.record["pictures"] == ["a.png", "b.png"]
@@ -184,15 +194,15 @@ def test_a_batch_of_the_data_set_takes_the_place_of_ones_own_pictures(explorer):
     explorer.pictures.value = [upload("a.png", png(32, 32))]
     explorer.seed.value = 1
     assert not explorer.pictures.value
-    assert explorer.truth.value == picture(explorer.data.private(seed=1).images)
+    assert explorer.images["private"].value == picture(explorer.data.private(seed=1).images)
 
 
 @pytest.mark.parametrize("content", [b"no picture", b"", png(40, 40)[:60]])
 def test_an_upload_that_is_no_picture_is_refused_by_its_name(explorer, content):
-    before = explorer.truth.value
+    before = explorer.images["private"].value
     explorer.pictures.value = [upload("notes.txt", content)]
     assert "notes.txt cannot be read as an image" in explorer.message.value
-    assert explorer.truth.value == before and not explorer.pictures.value
+    assert explorer.images["private"].value == before and not explorer.pictures.value
 
 
 def test_what_cannot_be_attacked_for_lack_of_auxiliary_images_is_said_in_the_panel():
@@ -209,11 +219,7 @@ def test_a_result_is_saved_as_pictures_and_as_json_that_repeats_it(explorer, tmp
     explorer.save_button.click()
     (folder,) = (tmp_path / "results/explorer").iterdir()
     assert str(folder) in explorer.message.value
-    for name, shown in {
-        "private": explorer.truth,
-        "reconstruction": explorer.reconstruction,
-        "cost": explorer.curve,
-    }.items():
+    for name, shown in explorer.images.items():
         assert (folder / f"{name}.png").read_bytes() == shown.value
     about = json.loads((folder / "result.json").read_text())
     scenario = Scenario(**about["scenario"])
@@ -222,7 +228,7 @@ def test_a_result_is_saved_as_pictures_and_as_json_that_repeats_it(explorer, tmp
     model = scenario.client_model()
     with quiet():
         again = attack(model, scenario.update(model))
-    assert picture(again.images) == explorer.reconstruction.value
+    assert picture(again.images) == explorer.images["reconstruction"].value
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_the_panel(explorer, tmp_path, monkeypatch):
@@ -290,11 +296,11 @@ def test_a_second_start_while_one_runs_does_nothing(explorer):
 
 
 def test_a_new_start_clears_what_the_last_run_left(explorer, monkeypatch):
-    blank = explorer.reconstruction.value
+    blank = explorer.images["reconstruction"].value
     finish(explorer)
     monkeypatch.setattr(Explorer, "_invert", lambda self: None)
     finish(explorer)
-    assert (explorer.reconstruction.value, explorer.message.value) == (blank, "")
+    assert (explorer.images["reconstruction"].value, explorer.message.value) == (blank, "")
     assert explorer.bar.value == 0 and explorer.save_button.disabled
 
 

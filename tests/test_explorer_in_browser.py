@@ -93,7 +93,7 @@ def page(tmp_path_factory):
 
 def upload(page, path):
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="or your own pictures").click()
+        page.get_by_role("button", name="or your own, below 10 MB").click()
     chooser.value.set_files(path)
 
 
@@ -112,7 +112,7 @@ def test_a_person_attacks_an_own_picture_sees_it_recovered_and_saves_it(page, tm
     page.get_by_label("iterations").press("Tab")
     before = shown(page)
     upload(page, tmp_path / "red.png")
-    page.get_by_role("button", name="or your own pictures (1)").wait_for()
+    page.get_by_role("button", name="or your own, below 10 MB (1)").wait_for()
     page.get_by_role("button", name="Start", exact=True).click()
     page.get_by_text("PSNR").wait_for()
     assert all(old != new for old, new in zip(before, shown(page), strict=True))

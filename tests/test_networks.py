@@ -173,3 +173,60 @@ def test_dropout_is_off_and_batchnorm_is_not_in_train_mode():
     network[2] = nn.Identity()
     expected = local_update(network.train(), trainable(network), batch.images, batch.labels)
     assert all(map(torch.equal, first.gradients, expected))
+
+
+# Layers without a second derivative in PyTorch ------------------------------------
+
+
+class Formula(nn.Module):
+    """What an activation computes, in operations that autograd differentiates twice."""
+
+    def __init__(self, formula):
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, x):
+        return self.formula(x)
+
+
+ACTIVATIONS = {
+    nn.Hardsigmoid: lambda x: nn.functional.relu6(x + 3) / 6,
+    nn.Hardswish: lambda x: x * nn.functional.relu6(x + 3) / 6,
+    nn.SiLU: lambda x: x * x.sigmoid(),
+    nn.Mish: lambda x: x * nn.functional.softplus(x).tanh(),
+    nn.GELU: lambda x: x * torch.special.ndtr(x),
+}
+
+
+def activated(layer):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), layer, nn.Flatten(), nn.Linear(216, 5)
+    model = gipip.client_model(nn.Sequential(*layers)).double()
+    with torch.no_grad():
+        model.network[0].weight.mul_(10)  # beyond the pieces' ends
+    return model
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_an_activation_is_differentiated_twice_as_its_formula(kind):
+    model, same, batch = activated(kind()), activated(Formula(ACTIVATIONS[kind])), coloured([2, 4])
+    update = gipip.Client(model).share(batch)
+    attack = gipip.InvertingGradients(iterations=3, signed=False)
+    traced, eager = attack(model, update), attack(same, update, engine="eager")
+    assert traced.engine == "traced" and not traced.notes
+    torch.testing.assert_close(traced.history, eager.history, rtol=1e-8, atol=1e-10)
+
+
+def test_a_layer_that_cannot_be_differentiated_twice_is_named_with_the_remedy():
+    def shifted(x):
+        grid = nn.functional.affine_grid(torch.eye(2, 3).double().expand(len(x), 2, 3), x.shape)
+        return nn.functional.grid_sample(x, grid + 0.1, align_corners=False)
+
+    attack, batch = gipip.InvertingGradients(iterations=1), coloured([2, 4])
+    for layer, engine in ((Formula(shifted), "auto"), (nn.Hardsigmoid(), "eager")):
+        model = activated(layer)
+        update = gipip.Client(model).share(batch)
+        with pytest.raises(
+            ModelError, match="no derivative in PyTorch.*_backward.*engine to 'auto'"
+        ):
+            attack(model, update, engine=engine)
