@@ -154,7 +154,7 @@ def section() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=NETWORKS)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(NETWORKS)}")
     for name in parser.parse_args().names or NETWORKS:
         found = row(name)
         print(*found.values(), sep=" | ", flush=True)

@@ -22,7 +22,7 @@ def networks(monkeypatch):
     return importlib.import_module("networks")
 
 
-QUICK = ["LeNet-5, grey images", "mobilenet_v3_small, one logit", "squeezenet1_1", "alexnet"]
+QUICK = ["LeNet-5, grey images", "mobilenet_v3_small, one logit", "squeezenet1_1"]
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -217,16 +217,8 @@ def test_an_activation_is_differentiated_twice_as_its_formula(kind):
     torch.testing.assert_close(traced.history, eager.history, rtol=1e-8, atol=1e-10)
 
 
-def test_a_layer_that_cannot_be_differentiated_twice_is_named_with_the_remedy():
-    def shifted(x):
-        grid = nn.functional.affine_grid(torch.eye(2, 3).double().expand(len(x), 2, 3), x.shape)
-        return nn.functional.grid_sample(x, grid + 0.1, align_corners=False)
-
-    attack, batch = gipip.InvertingGradients(iterations=1), coloured([2, 4])
-    for layer, engine in ((Formula(shifted), "auto"), (nn.Hardsigmoid(), "eager")):
-        model = activated(layer)
-        update = gipip.Client(model).share(batch)
-        with pytest.raises(
-            ModelError, match="no derivative in PyTorch.*_backward.*engine to 'auto'"
-        ):
-            attack(model, update, engine=engine)
+def test_a_layer_that_autograd_cannot_differentiate_twice_is_named_with_the_remedy():
+    model = activated(nn.Hardsigmoid())
+    update = gipip.Client(model).share(coloured([2, 4]))
+    with pytest.raises(ModelError, match="no derivative.*hardsigmoid_backward.*engine to 'auto'"):
+        gipip.InvertingGradients(iterations=1)(model, update, engine="eager")
