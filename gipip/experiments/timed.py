@@ -190,7 +190,7 @@ class Work:
         """Seconds until an attack on the first case begins, and of an iteration."""
         clock = [time.perf_counter()]
         with quiet():
-            attack = self.matching(iterations=6)
+            attack = self.matching(iterations=3)
             attack(self.model, self.update, watch=partial(_tick, clock), watch_every=1)
         return clock[1] - clock[0], median(later - sooner for sooner, later in pairwise(clock[1:]))
 
