@@ -202,7 +202,8 @@ class Work:
             self.obstacles |= {(case.condition, "features"): self.decoder for case in self.cases}
         todo = [(case, *named) for named in self.attacks() for case in self.cases]
         works = [attack.iterations * attack.restarts for _, _, attack in todo]
-        found, done = [], 0
+        found: list[Result] = []
+        done = 0
         with progress(total=sum(works), description="attacks", unit="iteration") as bar:
             for (case, arm, attack), amount in zip(todo, works, strict=True):
                 with quiet():
