@@ -6,11 +6,14 @@ from typing import Any
 
 import pandas
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.references import REFERENCES, references
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
-from gipip.federation.models import Images
+
+Batch = Float[Tensor, "_ channels height width"]
 
 LEVELS = {
     "nothing": "no closer than its mean colour",
