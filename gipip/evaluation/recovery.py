@@ -32,7 +32,7 @@ _FINEST = 2**22  # pixels of all candidates together, for the memory of LPIPS
 
 
 def recovery(
-    found: Mapping[tuple[str, str, int], Images], truths: Mapping[int, Images], others: Images
+    found: Mapping[tuple[str, str, int], Batch], truths: Mapping[int, Batch], others: Batch
 ) -> pandas.DataFrame:
     """A row for each private image, attack and reference: as `evaluate`, and its `level`.
 
