@@ -240,7 +240,7 @@ def _rows(frame: pandas.DataFrame, condition: str, arm: str) -> pandas.DataFrame
 
 def _strength(frame: pandas.DataFrame, condition: str, attack: dict) -> tuple[float, float]:
     rows = _rows(frame, condition, attack["name"])
-    return rows["level"].map(list(LEVELS).index).mean(), rows["ssim"].mean()
+    return float(rows["level"].map(list(LEVELS).index).mean()), float(rows["ssim"].mean())
 
 
 def _exact(work: Work, condition: str) -> dict[str, Any]:
