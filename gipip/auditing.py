@@ -262,8 +262,10 @@ def _verdict(found: dict[str, Any], frame: pandas.DataFrame) -> dict[str, Any]:
             f"The features of {sure} of {exact['images']} images are recovered to within 1 %: what "
             "the model's last layer sees of them, the server has."
         )
-    if frame.empty:
+    if frame.empty or not found["attacks"]:
         text = "Without the private images nobody can say how close the pictures come."
+        if not found["attacks"]:
+            text = "No attack is finished. The same call goes on."
         return {"risk": "unknown", "summary": text, "reasons": reasons}
     best = found["attacks"][0]
     levels, rows = best["levels"], _rows(frame, found["name"], best["name"])
