@@ -110,9 +110,7 @@ class Work:
             except DamagedFileError as error:
                 aside = f"It is set aside as {set_aside(path).name} and computed again."
                 warnings.warn(f"{error} {aside}", stacklevel=2)
-        found = compute()
-        write_tensors(path, *found)
-        return found
+        return read_tensors(write_tensors(path, *compute()))
 
     # Who attacks ----------------------------------------------------------------------
 
