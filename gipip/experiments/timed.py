@@ -230,7 +230,7 @@ class Work:
             self.obstacles[case.condition, arm] = str(error)
 
     def computed(self, case: Case, attack: Attack, watch: Callable, checkpoint: Checkpoint) -> Kept:
-        if time.time() >= self.ends:
+        if attack.iterations and time.time() >= self.ends:
             raise OutOfTime("The time is over.")
         found = attack(self.model, case.share(), watch=watch, checkpoint=checkpoint)
         if found.interrupted:  # half a result must not be kept as a whole one
