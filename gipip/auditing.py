@@ -38,6 +38,7 @@ from gipip.federation.client import Client, FedAvg, SharedUpdate
 from gipip.federation.models import ClientModel, Images, Mode, check_client_model
 from gipip.progress import progress
 
+_SHARE = 0.85  # of the time is for attacks; then their pictures are measured
 _SHOWN = 12  # pictures of an attack
 _TEMPLATE = Path(__file__).with_name("audit.html")
 
@@ -100,7 +101,7 @@ def audit(
     """
     if not (math.isfinite(minutes) and minutes > 0 and seeds >= 1):
         raise DataError(f"Expected minutes > 0 and seeds ≥ 1; got {minutes} and {seeds}.")
-    ends = time.time() + 60 * minutes
+    ends = time.time() + _SHARE * 60 * minutes
     check_client_model(model)
     model = copy.deepcopy(model).to("cuda" if torch.cuda.is_available() else "cpu")
     truth = _as_images(images, labels)
@@ -239,7 +240,7 @@ def _rows(frame: pandas.DataFrame, condition: str, arm: str) -> pandas.DataFrame
 
 def _strength(frame: pandas.DataFrame, condition: str, attack: dict) -> tuple[float, float]:
     rows = _rows(frame, condition, attack["name"])
-    return rows["level"].map(list(LEVELS).index).mean(), rows["ssim"].mean()
+    return float(rows["level"].map(list(LEVELS).index).mean()), float(rows["ssim"].mean())
 
 
 def _exact(work: Work, condition: str) -> dict[str, Any]:
@@ -261,15 +262,17 @@ def _verdict(found: dict[str, Any], frame: pandas.DataFrame) -> dict[str, Any]:
             f"The features of {sure} of {exact['images']} images are recovered to within 1 %: what "
             "the model's last layer sees of them, the server has."
         )
-    if frame.empty:
+    if frame.empty or not found["attacks"]:
         text = "Without the private images nobody can say how close the pictures come."
+        if not found["attacks"]:
+            text = "No attack is finished. The same call goes on."
         return {"risk": "unknown", "summary": text, "reasons": reasons}
     best = found["attacks"][0]
     levels, rows = best["levels"], _rows(frame, found["name"], best["name"])
     for level in ("content", "outline"):
         if levels[level]:
-            text = f"{levels[level]} of {best['images']} images come {LEVELS[level]}"
-            reasons.append(f"{text} ({best['name']}).")
+            text = f"{levels[level]} of {best['images']} images are at the level “{level}”"
+            reasons.append(f"{text}: {LEVELS[level]} ({best['name']}).")
     linked = linkable(rows, frame)
     if "identified" in best:
         among = f"among {rows['candidates'].max():.0f} candidates"

@@ -188,7 +188,7 @@ def test_the_examples_of_the_page_run_as_they_stand(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in code:
-        exec(re.sub(r"minutes=[\d.]+", "minutes=0.2", block), names)
+        exec(re.sub(r"minutes=[\d.]+", "minutes=0.1", block), names)
     assert "no defence: " in capsys.readouterr().out
     assert Path("results/audit/audit.json").exists() and Path("results/captured").exists()
 
@@ -197,7 +197,7 @@ def test_the_command_audits_pictures_and_says_the_verdict(batch, tmp_path):
     pixels = np.ascontiguousarray(batch.pixels[0].permute(1, 2, 0).numpy())
     Image.fromarray(pixels).save(tmp_path / "mine.png")
     arguments = [tmp_path / "mine.png", "--model", "convnet16", "--batch-size", 1]
-    arguments += ["--minutes", 0.3, "--defense", "noise=100", "--output", tmp_path / "audit"]
+    arguments += ["--minutes", 0.15, "--defense", "noise=100", "--output", tmp_path / "audit"]
     result = CliRunner().invoke(app, ["audit", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert "no defence:" in result.stdout and "noise 100:" in result.stdout

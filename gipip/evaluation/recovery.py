@@ -6,11 +6,14 @@ from typing import Any
 
 import pandas
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from gipip.evaluation.metrics import evaluate
 from gipip.evaluation.references import REFERENCES, references
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
-from gipip.federation.models import Images
+
+Batch = Float[Tensor, "_ channels height width"]
 
 LEVELS = {
     "nothing": "no closer than its mean colour",
@@ -29,7 +32,7 @@ _FINEST = 2**22  # pixels of all candidates together, for the memory of LPIPS
 
 
 def recovery(
-    found: Mapping[tuple[str, str, int], Images], truths: Mapping[int, Images], others: Images
+    found: Mapping[tuple[str, str, int], Batch], truths: Mapping[int, Batch], others: Batch
 ) -> pandas.DataFrame:
     """A row for each private image, attack and reference: as `evaluate`, and its `level`.
 

@@ -110,9 +110,7 @@ class Work:
             except DamagedFileError as error:
                 aside = f"It is set aside as {set_aside(path).name} and computed again."
                 warnings.warn(f"{error} {aside}", stacklevel=2)
-        found = compute()
-        write_tensors(path, *found)
-        return found
+        return read_tensors(write_tensors(path, *compute()))
 
     # Who attacks ----------------------------------------------------------------------
 
@@ -190,7 +188,7 @@ class Work:
         """Seconds until an attack on the first case begins, and of an iteration."""
         clock = [time.perf_counter()]
         with quiet():
-            attack = self.matching(iterations=6)
+            attack = self.matching(iterations=3)
             attack(self.model, self.update, watch=partial(_tick, clock), watch_every=1)
         return clock[1] - clock[0], median(later - sooner for sooner, later in pairwise(clock[1:]))
 
@@ -202,7 +200,8 @@ class Work:
             self.obstacles |= {(case.condition, "features"): self.decoder for case in self.cases}
         todo = [(case, *named) for named in self.attacks() for case in self.cases]
         works = [attack.iterations * attack.restarts for _, _, attack in todo]
-        found, done = [], 0
+        found: list[Result] = []
+        done = 0
         with progress(total=sum(works), description="attacks", unit="iteration") as bar:
             for (case, arm, attack), amount in zip(todo, works, strict=True):
                 with quiet():
@@ -231,7 +230,7 @@ class Work:
             self.obstacles[case.condition, arm] = str(error)
 
     def computed(self, case: Case, attack: Attack, watch: Callable, checkpoint: Checkpoint) -> Kept:
-        if time.time() >= self.ends:
+        if attack.iterations and time.time() >= self.ends:
             raise OutOfTime("The time is over.")
         found = attack(self.model, case.share(), watch=watch, checkpoint=checkpoint)
         if found.interrupted:  # half a result must not be kept as a whole one
