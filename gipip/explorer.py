@@ -30,13 +30,13 @@ from gipip.experiments.arms import EQUAL, defended
 from gipip.priors.base import Prior
 from gipip.progress import headless, quiet
 
-_KINDS = (gipip.GIPIP, gipip.InvertingGradients, gipip.FeatureInversion, gipip.GIAS, gipip.DLG)
-_ATTACKS = [(kind.__name__, kind) for kind in _KINDS]
+_NAMES = ("gipip", "ig", "features", "gias", "dlg")
+_ATTACKS = [(gipip.ATTACKS[name].__name__, gipip.ATTACKS[name]) for name in _NAMES]
 _NOISE = [defended("noise", std) for std in (0.001, 0.01, 0.1)]
 _OTHERS = [defended("sparsity", 0.9), defended("Soteria", 0.5), defended("DP-SGD", 0.01)]
-_DEFENSES = [("none", ()), *((str(defense), (defense,)) for defense in (*_NOISE, *_OTHERS))]
+_DEFENSES = [("none", ()), *((str(each), (each,)) for each in (*_NOISE, *_OTHERS))]
 _MODELS = ["convnet", "convnet16", "resnet18", "lenet"]
-_GENERATORS = {"cifar10": "cifar10-3.8%"}  # of other data sets they are called as these are
+_GENERATORS = {"cifar10": "cifar10-3.8%"}  # else named like their data set
 _SHOWN = ("private", "reconstruction", "cost")
 _WEIGHTS = ("tv_weight", "as_weight")
 _WIDTH, _HEIGHT = 400, 256  # of a picture at most, in pixels: two fit side by side
@@ -50,8 +50,9 @@ def explore(data: gipip.Dataset, prior: gipip.AnomalyScore) -> ipywidgets.VBox |
     when nobody is there to use it.
 
     `data`: whose private images are attacked, unless pictures are uploaded. `prior`: for GI-PIP and
-    the features attack. The latter's decoder is trained on the auxiliary images of `data`; GIAS
-    takes the generator that ships for `data`.
+    the features attack; its offset c is set to 0, for which weights are tuned. The decoder of the
+    features attack is trained on the auxiliary images of `data`; GIAS takes the generator that
+    ships for `data`. Save writes to the folder results/explorer beside the notebook.
     """
     if headless():
         print("The explorer is a live panel: it is built only when a person has the notebook open.")
@@ -68,9 +69,10 @@ class Explorer:
     """
 
     def __init__(self, data: gipip.Dataset, prior: gipip.AnomalyScore):
-        self.data, self.prior = data, prior
-        whose = partial(gipip.build_model, image_size=data.image_size, mean=data.mean, std=data.std)
-        self._model = cache(whose)
+        self.data, self.prior = data, prior.with_offset(0)  # as the weights were tuned
+        self._model = cache(
+            partial(gipip.build_model, image_size=data.image_size, mean=data.mean, std=data.std)
+        )
         self._decoder = cache(lambda model: gipip.train_decoder(model, data.auxiliary(), steps=0))
         self.thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -88,14 +90,16 @@ class Explorer:
         self.batch_size = choice(options=sizes, description="batch size")
         self.pictures = ipywidgets.FileUpload(accept="image/*", multiple=True)
         # More than 10 MB breaks Jupyter's connection, and the button with it.
-        self.pictures.description, self.pictures.layout.width = "or your own, below 10 MB", "300px"
+        self.pictures.description = "or your own, below 10 MB"
+        self.pictures.layout.width = "300px"
         self.model = choice(options=_MODELS, description="client's model")
         self.defense = choice(options=_DEFENSES, description="client's defence")
         self.attack = choice(options=_ATTACKS, description="attack")
         number = {"min": 1, "max": 10_000, "description": "iterations", **_labelled}
         self.iterations = ipywidgets.BoundedIntText(200, **number)
         weight = partial(ipywidgets.BoundedFloatText, max=1e6, step=1e-3, **_labelled)
-        self.tv_weight, self.as_weight = weight(description="λ TV"), weight(description="λ AS")
+        self.tv_weight = weight(description="λ TV")
+        self.as_weight = weight(description="λ AS")
         self.origin = ipywidgets.HTML()
         self.start_button = ipywidgets.Button(description="Start", button_style="primary")
         self.stop_button = ipywidgets.Button(description="Stop")
@@ -111,12 +115,11 @@ class Explorer:
         client = [self.seed, self.batch_size, self.pictures, self.model, self.defense]
         attacker = [self.attack, self.iterations, self.tv_weight, self.as_weight]
         self.controls = [*client, *attacker]
-        columns = ipywidgets.VBox(client), ipywidgets.VBox(attacker)
         buttons = [self.start_button, self.stop_button, self.save_button, self.bar]
-        pictures = [ipywidgets.VBox([ipywidgets.Label(name), self.images[name]]) for name in _SHOWN]
-        row = partial(ipywidgets.HBox, layout={"flex_flow": "row wrap"})
-        parts = [row(columns), self.origin, row(buttons), self.message, row(pictures)]
-        self.panel = ipywidgets.VBox(parts)
+        below, beside = ipywidgets.VBox, partial(ipywidgets.HBox, layout={"flex_flow": "row wrap"})
+        pictures = [below([ipywidgets.Label(name), self.images[name]]) for name in _SHOWN]
+        choices = beside([below(client), below(attacker)])
+        self.panel = below([choices, self.origin, beside(buttons), self.message, beside(pictures)])
 
     def _connect(self) -> None:
         self.start_button.on_click(self.start)
@@ -170,8 +173,13 @@ class Explorer:
     @property
     def scenario(self) -> gipip.Scenario:
         """What is attacked; the pictures themselves are not in it if they were uploaded."""
-        about = {"model": self.model.value, "seed": self.seed.value, "defenses": self.defense.value}
-        return gipip.Scenario(dataset=self.data.name, batch_size=len(self.batch), **about)
+        return gipip.Scenario(
+            dataset=self.data.name,
+            model=self.model.value,
+            batch_size=len(self.batch),
+            seed=self.seed.value,
+            defenses=self.defense.value,
+        )
 
     def _weigh(self, *_) -> None:
         """Offer the weights that were tuned for what is chosen, else the attack's own."""
@@ -268,9 +276,9 @@ class Explorer:
         done = len(next(iter(result.history.values()))) - 1
         self._show(done, result.cost, images, result.history)
         self.bar.bar_style = "warning" if result.notes else "success"
-        means = "PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, LPIPS {lpips:.3f}".format(**quality.mean())
+        means = "PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, LPIPS {lpips:.3f}"
         ran = f"{done} iterations in {result.seconds:.0f} s, cost {result.cost:.4g}"
-        self._say("; ".join([means + " (means)" * (len(images) > 1), ran, *result.notes]))
+        self._say("; ".join([means.format(**quality.mean()), ran, *result.notes]))
         self.record = gipip.Run("explorer", self.scenario, attack).config() | {
             "pictures": [upload["name"] for upload in self.pictures.value],
             "assumptions": result.assumptions,
@@ -327,9 +335,9 @@ def curve(history: Mapping[str, Sequence[float] | Tensor]) -> bytes:
     """Each term of the cost over the iterations, on a logarithmic axis, as a PNG of 400 × 256."""
     figure = Figure(figsize=(4, 2.56), layout="constrained")  # not pyplot's: for any thread
     axes = figure.subplots()
-    axes.set(xlabel="iteration", ylabel="weighted cost", yscale="log")
+    axes.set(xlabel="iteration", ylabel="weighted cost")
     for term, values in history.items():
-        axes.plot(values, label=term)
+        axes.semilogy(values, label=term)
     if history:
         axes.legend(fontsize="small")
     file = io.BytesIO()
