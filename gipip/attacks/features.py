@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gipip.attacks.labels import infer_labels
 from gipip.errors import UpdateError
-from gipip.federation.client import SharedUpdate
+from gipip.federation.client import FedAvg, SharedUpdate
 from gipip.federation.models import ClientModel, last_linear
 
 ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
@@ -81,7 +81,8 @@ def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
             "classes."
         )
     labels = infer_labels(model, update) if update.labels is None else update.labels
-    span = _Span(weight, bias, gradient, bias_gradient, labels.cpu().numpy())
+    fedavg = update.fedavg or FedAvg()
+    span = _Span(weight, bias, gradient, bias_gradient, labels.cpu().numpy(), fedavg)
     with np.errstate(all="ignore"):  # a start may lead nowhere
         return span.solved(labels_known=update.labels is not None)
 
@@ -126,7 +127,9 @@ class _Span:
     gradient: ndarray
     bias_gradient: ndarray
     labels: ndarray
+    fedavg: FedAvg = FedAvg()
     any_scale: bool = False
+    pruned: bool = False
 
     @cached_property
     def biased(self) -> bool:
@@ -134,14 +137,30 @@ class _Span:
         return bool(self.bias_gradient.any())
 
     @cached_property
-    def scale(self) -> ndarray:
+    def rounding(self) -> ndarray:
         rows = np.linalg.norm(self.gradient, axis=1)
         feature_norm = rows.max() * len(self.labels)
         if self.biased:
             feature_norm = np.linalg.norm(self.gradient) / np.linalg.norm(self.bias_gradient)
         is_label = np.isin(np.arange(len(rows)), self.labels)
         scale = rows + is_label * feature_norm / len(self.labels)
-        scale = np.maximum(scale, 1e-9 * scale.max())
+        return np.maximum(scale, 1e-9 * scale.max())
+
+    @cached_property
+    def noise(self) -> float:
+        """Standard deviation of each entry of G_W, as what exceeds rank B tells; 0 if rounding."""
+        size, features = len(self.labels), self.gradient.any(axis=0).sum()
+        scaled = self.gradient / self.rounding[:, None]
+        values = np.linalg.svd(scaled, compute_uv=False)
+        if np.linalg.norm(values[size:]) < ROUNDING * np.linalg.norm(values):
+            return 0.0
+        values = np.linalg.svd(self.gradient, compute_uv=False)[size:]
+        return float(np.linalg.norm(values) / np.sqrt(len(values) * max(features - size, 1)))
+
+    @cached_property
+    def scale(self) -> ndarray:
+        rows = np.linalg.norm(self.gradient, axis=1)
+        scale = self.rounding + self.noise * np.sqrt(self.gradient.shape[1]) / _FLOAT32
         return scale * np.linalg.norm(rows / scale)
 
     @cached_property
@@ -164,15 +183,35 @@ class _Span:
 
     @cached_property
     def bias_weight(self) -> float:
-        return 1 / float(np.linalg.norm(self.scaled_bias)) if self.biased else 0.0
+        if not self.biased or self.noise:
+            return float(self.biased)
+        return 1 / float(np.linalg.norm(self.scaled_bias))
 
     def logits(self, matrix: ndarray) -> ndarray:
         return matrix @ self.logits_span + self.bias
 
-    def wrongness(self, predictions: ndarray) -> ndarray:
-        """Ẽ, of predictions P."""
-        wrong = predictions - np.eye(len(self.bias))[self.labels]
-        return wrong / self.scale / len(self.labels)
+    def wrongness(self, logits: ndarray, gram: ndarray | float = 0.0) -> ndarray:
+        """Ẽ, its mean over the client's local steps, of logits before the first one. Each step
+        moves the layer, and so the logits, by HHᵀ + 11ᵀ (`gram`) times E.
+        """
+        size, total = len(self.labels), np.zeros_like(logits)
+        for step in range(self.fedavg.steps):
+            rows = self.fedavg.rows(step, size)
+            wrong = np.zeros_like(logits)
+            wrong[rows] = softmax(logits[rows]) - np.eye(len(self.bias))[self.labels[rows]]
+            wrong /= len(wrong[rows])
+            logits = logits - self.fedavg.learning_rate * gram @ wrong
+            total += wrong
+        return total / self.fedavg.steps / self.scale
+
+    def wrongness_of(self, matrix: ndarray) -> ndarray:
+        logits = self.logits(matrix)
+        if self.pruned:
+            mean = self.bias_gradient + np.eye(len(self.bias))[self.labels].mean(axis=0)
+            for _ in range(20):
+                logits = logits + np.log(np.maximum(mean, 1e-6) / softmax(logits).mean(axis=0))
+        features = matrix * self.factors[1]
+        return self.wrongness(logits, features @ features.T + self.biased)
 
     def unpacked(self, unknowns: ndarray) -> tuple[ndarray, float]:
         """M and t."""
@@ -182,7 +221,7 @@ class _Span:
     def residuals(self, unknowns: ndarray) -> ndarray:
         """Of both equations, the first times Σ: the gradient's, in an orthonormal basis."""
         matrix, t = self.unpacked(unknowns)
-        wrong = t * self.wrongness(softmax(self.logits(matrix)))
+        wrong = t * self.wrongness_of(matrix)
         left, values, _ = self.factors
         weights = (wrong.T @ matrix - left) * values
         biases = self.bias_weight * (wrong.sum(axis=0) - self.scaled_bias)
@@ -194,7 +233,7 @@ class _Span:
         matrix, t = self.unpacked(unknowns)
         size = len(matrix)
         predictions = softmax(self.logits(matrix))
-        wrong = t * self.wrongness(predictions)
+        wrong = t * self.wrongness_of(matrix)
         centred = self.logits_span.T - (predictions @ self.logits_span.T)[:, None]
         slopes = t * predictions[:, :, None] * centred / self.scale[:, None] / size  # ∂Ẽ_ic/∂M_ik
         weights = np.einsum("ick,il->clik", slopes, matrix)
@@ -214,15 +253,14 @@ class _Span:
     def iterated(self) -> ndarray:
         """The fixed point of P → M = (t·Ẽᵀ)⁺U → P, from uniform P."""
         classes, size = len(self.bias), len(self.labels)
-        predictions, t = np.full((size, classes), 1 / classes), 1.0
+        wrong, t = self.wrongness(np.zeros((size, classes))), 1.0
         for _ in range(_ITERATIONS):
-            wrong, before = self.wrongness(predictions), predictions
             if self.any_scale and self.biased:
                 total = wrong.sum(axis=0)
                 t = np.clip(total @ self.scaled_bias / max(total @ total, 1e-300), 1e-9, 1e9)
             matrix = np.linalg.lstsq(t * wrong.T, self.factors[0])[0]
-            predictions = softmax(self.logits(matrix))
-            if not np.abs(predictions - before).max() >= 1e-13:  # or not a number
+            before, wrong = wrong, self.wrongness_of(matrix)
+            if not np.abs((wrong - before) * self.scale).max() >= 1e-13:  # or not a number
                 break
         return np.append(matrix, np.log(t))
 
@@ -300,7 +338,7 @@ class _Span:
         tried = []
         for span, start in self.starts(labels_known):
             tried.append(span.result(span.polished(start)))
-            if tried[-1].residual < ROUNDING:
+            if tried[-1].residual < self.tolerance:
                 break
         return min(tried, key=lambda found: found.residual)
 
@@ -326,7 +364,7 @@ class _Span:
         fit = least_squares(
             self.residuals,
             unknowns,
-            self.jacobian,
+            "2-point" if self.fedavg.steps > 1 or self.pruned else self.jacobian,
             method="lm",
             xtol=1e-14,
             ftol=1e-14,
@@ -334,6 +372,12 @@ class _Span:
             max_nfev=200,
         )
         return fit.x
+
+    @property
+    def tolerance(self) -> float:
+        """The residual of a solution."""
+        noise = self.noise / np.linalg.norm(self.gradient)
+        return max(ROUNDING, 2 * noise * np.sqrt(len(self.bias) * len(self.labels)))
 
     @property
     def small(self) -> bool:
@@ -362,7 +406,7 @@ class _Span:
         span, bound = self, np.abs(self.gradient[self.gradient != 0]).min()
         for _ in range(_COMPLETIONS):
             matrix, _ = span.unpacked(span.iterated())
-            wrong = span.scale * span.wrongness(softmax(span.logits(matrix)))
+            wrong = span.scale * span.wrongness_of(matrix)
             estimate = np.clip(wrong.T @ matrix @ span.factors[2], -bound, bound)
             span = replace(span, gradient=np.where(self.missing, estimate, self.gradient))
         return span
