@@ -10,6 +10,8 @@ from .attacks.gipip import GIPIP as GIPIP
 from .attacks.gradinversion import GradInversion as GradInversion
 from .attacks.inverting_gradients import InvertingGradients as InvertingGradients
 from .attacks.view import Reconstruction as Reconstruction
+from .auditing import Audit as Audit
+from .auditing import audit as audit
 from .data.datasets import Dataset as Dataset
 from .data.datasets import LabeledImages as LabeledImages
 from .data.datasets import load_dataset as load_dataset

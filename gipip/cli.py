@@ -3,8 +3,10 @@
 gipip's parts are imported when a command needs them, so that `gipip --help` waits for none.
 """
 
+import importlib
 import itertools
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +15,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 import gipip
-from gipip.errors import DataError, GipipError, OutOfTime
+from gipip.errors import DataError, GipipError, ModelError, OutOfTime
 
 
 class _Commands(TyperGroup):
@@ -87,9 +89,15 @@ def reproduce(
 
 @app.command()
 def attack(
-    images: Annotated[list[Path], Argument(help="What one client holds.", metavar="PICTURE")],
+    images: Annotated[
+        list[Path] | None, Argument(help="What one client holds.", metavar="PICTURE")
+    ] = None,
+    update: Annotated[Path | None, Option(help="File of SharedUpdate.save, not PICTURE.")] = None,
     name: Annotated[str, Option("--attack", help="Such as ig; a wrong name lists all.")] = "gipip",
-    model: Annotated[str, Option(help="Untrained resnet18, convnet or lenet.")] = "convnet",
+    model: Annotated[
+        str, Option(help="resnet18, convnet, lenet, or yours as module:function.")
+    ] = "convnet",
+    weights: Annotated[Path | None, Option(help="Its state_dict, as safetensors.")] = None,
     iterations: Annotated[int | None, Option(min=1, help="By default the attack's.")] = None,
     labels: Annotated[Literal["given", "withheld"], Option(help="By the client.")] = "given",
     size: Annotated[int, Option(min=32, max=512, help="To which pictures are scaled.")] = 32,
@@ -97,31 +105,98 @@ def attack(
     seed: Annotated[int, _seed] = 0,
     output: Annotated[Path, Option(help="Of a folder a call.")] = Path("results/attack"),
 ):
-    """Reconstruct your own pictures from the gradient that a client with them would share.
+    """Reconstruct pictures from the gradient that a client with them would share, or has shared.
 
-    Writes each reconstruction and all of them below the private images, and prints how close they
-    are. Weights tuned for CIFAR-10, or at 64 pixels for ImageNet, are taken where there are any.
+    With pictures of your own: writes each reconstruction and all of them below the private images,
+    and prints how close they are. With --update: writes what the update gives away. The model is an
+    untrained one of gipip's, or what a function of your code returns (gipip.client_model(…)), with
+    --weights if they are in a file. Weights of the attack tuned for CIFAR-10, or at 64 pixels for
+    ImageNet, are taken where there are any.
     """
-    import torch
-
     from gipip.data.datasets import load_images
 
+    if bool(images) == bool(update):
+        raise DataError("Give pictures, or an update: gipip attack --update FILE --model …")
     kind = _attack_named(name)
-    batch = load_images(images, size)
-    output.mkdir(parents=True, exist_ok=True)
-    client = gipip.build_model(model, max(10, len(batch)), image_size=size)
-    client.to("cuda" if torch.cuda.is_available() else "cpu")
-    statistics: Literal["shared", "withheld"] = "shared" if kind.needs_statistics else "withheld"
-    update = gipip.Client(client).share(batch, labels=labels, statistics=statistics)
-    dataset = "imagenet64" if size == 64 else "cifar10"
     settings = {"seed": seed} | ({"iterations": iterations} if iterations else {})
-    settings |= _prior_setting(kind, prior, dataset, client)
-    condition = gipip.Scenario(dataset=dataset, model=model, batch_size=len(batch)).condition
-    result = _tuned_or_default(kind, condition, settings)(client, update)
-    names = [typer.format_filename(path, shorten=True) for path in images]
+    output.mkdir(parents=True, exist_ok=True)
+    if update:
+        shared = gipip.SharedUpdate.load(update)
+        client = _client(model, weights, len(shared.gradients[-1]), shared.image_shape[-1])
+        shared = gipip.SharedUpdate.load(update, client)
+        result = _attacked(kind, client, shared, model, prior, settings)
+        _describe(result)
+        _save_pictures([], result.images, output, name)
+        return
+    paths = images or []
+    batch = load_images(paths, size)
+    client = _client(model, weights, max(10, len(batch)), size)
+    statistics: Any = "shared" if kind.needs_statistics else "withheld"
+    shared = gipip.Client(client).share(batch, labels=labels, statistics=statistics)
+    result = _attacked(kind, client, shared, model, prior, settings)
+    names = [typer.format_filename(path, shorten=True) for path in paths]
     metrics = gipip.evaluate(result, batch, model=client).assign(image=names)
     _describe(result, metrics)
     _save_pictures(batch.images, result.images[metrics["matched"].tolist()], output, name)
+
+
+def _client(name: str, weights: Path | None, classes: int, size: int) -> "gipip.ClientModel":
+    """One of gipip's models, or what a function of the user's code returns."""
+    import torch
+
+    own = ":" in name
+    client = _from_code(name) if own else gipip.build_model(name, classes, image_size=size)
+    if weights:
+        _load_weights(client, weights)
+    return client.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _from_code(name: str) -> "gipip.ClientModel":
+    """What `module:function` returns; the module is in this folder or installed."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as for `python -m`
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(
+            f"--model {name}: {error}. Expected module:function, a function of a module here that "
+            "returns gipip.client_model(network, mean, std)."
+        ) from error
+    client = build()
+    if not isinstance(client, gipip.ClientModel):
+        raise ModelError(f"{name} returns a {type(client).__name__}; expected gipip.client_model.")
+    return client
+
+
+def _load_weights(client: "gipip.ClientModel", file: Path) -> None:
+    """From a state_dict of the model or of its network, which is never unpickled."""
+    import safetensors.torch
+
+    try:
+        state = safetensors.torch.load_file(file)
+        whole = "normalize.mean" in state
+        (client if whole else client.network).load_state_dict(state)
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        raise ModelError(
+            f"{file} does not hold the model's weights ({error}). Write them: "
+            "safetensors.torch.save_file(network.state_dict(), file)."
+        ) from error
+
+
+def _attacked(
+    kind: "type[gipip.Attack]",
+    client: "gipip.ClientModel",
+    update: "gipip.SharedUpdate",
+    model: str,
+    prior: Path | None,
+    settings: dict,
+) -> "gipip.Reconstruction":
+    """With the prior and the weights that there are for this size and model."""
+    dataset = "imagenet64" if update.image_shape[-1] == 64 else "cifar10"
+    settings |= _prior_setting(kind, prior, dataset, client, update.mode)
+    size = update.batch_size
+    condition = gipip.Scenario(dataset=dataset, model=model, batch_size=size).condition
+    return _tuned_or_default(kind, condition, settings)(client, update)
 
 
 def _attack_named(name: str) -> "type[gipip.Attack]":
@@ -135,6 +210,7 @@ def _prior_setting(
     file: Path | None,
     dataset: str,
     client: "gipip.ClientModel | None" = None,
+    mode: Literal["eval", "train"] = "eval",
 ) -> dict:
     """What the attack knows of natural images: from the file, else what ships for the data set, or
     a decoder for the client's model, trained within seconds.
@@ -149,7 +225,7 @@ def _prior_setting(
     if client is not None and wanted.kind == "decoder":
         auxiliary = gipip.load_dataset(dataset).auxiliary()
         score = gipip.load_prior(dataset).with_offset(0)
-        return {"prior": gipip.train_decoder(client, auxiliary, steps=0), "score": score}
+        return {"prior": gipip.train_decoder(client, auxiliary, mode=mode, steps=0), "score": score}
     name = "cifar10-3.8%" if (wanted.kind, dataset) == ("generator", "cifar10") else dataset
     return {"prior": wanted.shipped(name)}
 
@@ -163,19 +239,20 @@ def _tuned_or_default(kind: "type[gipip.Attack]", condition: str, settings: dict
         return kind(**settings)
 
 
-def _describe(result: "gipip.Reconstruction", metrics) -> None:
-    """What the attack took for granted, how it ran, and how close it came."""
+def _describe(result: "gipip.Reconstruction", metrics=None) -> None:
+    """What the attack took for granted, how it ran, and how close it came, if that is known."""
     assumptions = "; ".join(f"{name}: {value}" for name, value in result.assumptions.items())
     typer.echo(f"\nAssumptions: {assumptions}")
     typer.echo(f"Engine: {result.engine}, {result.seconds:.0f} s")
     for note in result.notes:
         typer.echo(f"Note: {note}")
-    typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))
+    if metrics is not None:
+        typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))
 
 
 def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
-    """Each reconstruction, and both rows of images in one, in output/name-1, or the next number
-    that is not taken.
+    """Each reconstruction, and all in one picture below the private images, if there are any, in
+    output/name-1, or the next number that is not taken.
     """
     from torchvision.utils import save_image
 
@@ -184,10 +261,11 @@ def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
     folder.mkdir()
     for number, image in enumerate(reconstructed, 1):
         save_image(image, folder / f"{number}.png")
-    rows, scale = [*private, *reconstructed], max(1, 256 // len(private[0, 0]))
+    rows, scale = [*private, *reconstructed], max(1, 256 // reconstructed.shape[-1])
     enlarged = [row.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for row in rows]
-    save_image(enlarged, folder / "comparison.png", nrow=len(private))
-    typer.echo(f"Reconstructions, and a comparison with the private images: {folder}")
+    save_image(enlarged, folder / "comparison.png", nrow=len(reconstructed))
+    beside = ", and a comparison with the private images" if len(private) else ""
+    typer.echo(f"Reconstructions{beside}: {folder}")
 
 
 @app.command()

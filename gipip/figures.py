@@ -7,7 +7,7 @@ import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,49 +58,37 @@ def use_style() -> None:
     seaborn.set_theme("paper", "whitegrid", "colorblind", font_scale=0.92, rc=rc)
 
 
-class FigureFiles(NamedTuple):
-    """Where a figure was saved."""
-
-    png: Path
-    pdf: Path
-    csv: Path
-
-    def __repr__(self) -> str:
-        return f"{self.png}, .pdf and .csv"
-
-
 def save_figure(
     name: str,
     figure: Figure | None = None,
     data: pd.DataFrame | None = None,
     folder: Path | str = "figures",
-) -> FigureFiles:
+) -> Path:
     """Write `name`.png, `name`.pdf and `name`.csv to `folder`, each whole or not at all;
-    equal figures give equal bytes.
+    equal figures give equal bytes. The path of the PNG.
 
     `figure`: by default the current one. `data`: the numbers drawn, by default those
     that a function of this module attached to its figure; for a picture grid pass the
     metrics. Raises ValueError without numbers, OSError when the folder cannot be
     written.
     """
-    figure = figure or plt.gcf()
+    figure, folder = figure or plt.gcf(), Path(folder)
     data = getattr(figure, "data_drawn", None) if data is None else data
     if data is None:
         raise ValueError(f"The figure {name!r} has no numbers: pass a DataFrame of them as `data`.")
-    files = FigureFiles(*(Path(folder) / f"{name}.{ending}" for ending in FigureFiles._fields))
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.", suffix=".tmp") as drafts:
             draft = f"{drafts}/{name}"
             figure.savefig(f"{draft}.png", metadata={"Software": None})
             figure.savefig(f"{draft}.pdf", metadata={"CreationDate": None})
             data.to_csv(f"{draft}.csv", index=False, float_format="%.6g", lineterminator="\n")
-            for file in files:
-                os.replace(f"{drafts}/{file.name}", file)
+            for file in Path(drafts).iterdir():
+                os.replace(file, folder / file.name)
     except OSError as error:
         place = f"{folder} ({error}). Pass a folder that you can write"
         raise OSError(f"The figure {name!r} cannot be written to {place}.") from error
-    return files
+    return folder / f"{name}.png"
 
 
 # Pictures -------------------------------------------------------------------------

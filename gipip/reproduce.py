@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from gipip.errors import GipipError, OutOfTime, ProfileError
 from gipip.progress import require_time, time_limit
@@ -28,6 +27,10 @@ except ImportError as error:
     raise ProfileError(f"Notebooks need more packages ({error}): {advice}.") from error
 
 _PACKAGE = Path(__file__).parent
+_PACKED = _PACKAGE / "_notebooks"
+_NOTEBOOK = (
+    "notebook of the package (all are in its repository)" if _PACKED.is_dir() else "notebook"
+)
 # Without it ipykernel warns, in every notebook, that its sockets are not encrypted.
 _KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
 _RESERVE = 20  # seconds of a budget that go into starting and ending
@@ -37,22 +40,15 @@ class NotebookError(GipipError):
     """A notebook did not run to its end; its copy, as far as it came, is kept."""
 
 
-class Executed(NamedTuple):
-    """A notebook that ran: its executed copy, the seconds it took, and the figures it wrote."""
-
-    name: str
-    copy: Path
-    seconds: float
-    figures: tuple[Path, ...]
-
-
 def notebooks_folder() -> Path:
-    """The notebooks of this checkout; of an installed package a copy in ./notebooks, made once."""
-    packed = _PACKAGE / "_notebooks"
-    if not packed.is_dir():
+    """The notebooks of this checkout; of an installed package a copy in ./notebooks, made once.
+
+    The package holds the quickstart alone; the study's notebooks need weights of the repository.
+    """
+    if not _PACKED.is_dir():
         return _PACKAGE.parent / "notebooks"
     if not Path("notebooks").is_dir():
-        shutil.copytree(packed, "notebooks", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(_PACKED, "notebooks")
     return Path("notebooks").resolve()
 
 
@@ -66,8 +62,8 @@ def run(
     parameters: Mapping[str, str] | None = None,
     budget: float | None = None,
     report: Callable[[str], None] = print,
-) -> list[Executed]:
-    """Run the notebooks of `folder` in order, each in a kernel of its own.
+) -> list[Path]:
+    """Run the notebooks of `folder` in order, each in a kernel of its own; gives the executed ones.
 
     `only`: numbers ("02") or names ("02_inversion") of those to run; all by default. Executed
     copies go to `output`, by default results/notebooks/PROFILE beside the folder. `in_place` stores
@@ -89,9 +85,10 @@ def run(
     copies = Path(output or folder.parent / "results" / "notebooks" / profile).resolve()
     target = folder if in_place else copies
     target.mkdir(parents=True, exist_ok=True)
-    finished: list[Executed] = []
+    finished: list[Path] = []
     for name, values in settings.items():
         report(f"{name}: running, profile {profile}")
+        clock = time.perf_counter()
         try:
             require_time(limit)
             finished.append(_execute(folder / f"{name}.ipynb", target, values, limit))
@@ -100,7 +97,7 @@ def run(
             state = f"Notebooks done: {', '.join(done) or 'none'}; left: {', '.join(left)}."
             again = "The same command goes on from here."
             raise OutOfTime(f"{name} is not finished. {pause}\n{state} {again}") from pause
-        report(f"{name}: done in {finished[-1].seconds:.0f} s")
+        report(f"{name}: done in {time.perf_counter() - clock:.0f} s")
     _join_findings(profile, settings, folder, report)
     return finished
 
@@ -133,7 +130,7 @@ def plan(
     shared, given = own.pop("all", {}), dict(parameters or {})
     declared = _declared(folder)
     for name, values in own.items():
-        _require("notebook", name, declared)
+        _require(_NOTEBOOK, name, declared)
         for parameter in values:
             _require(f"parameter of {name}", parameter, declared[name])
     for parameter in [*shared, *given]:
@@ -174,7 +171,7 @@ def _named(wanted: str, names: list[str]) -> str:
     """The notebook of that name or number; "2" is "02"."""
     numbers = {name.split("_")[0].lstrip("0"): name for name in names}
     name = numbers.get(wanted.lstrip("0"), wanted)
-    _require("notebook", name, names)
+    _require(_NOTEBOOK, name, names)
     return name
 
 
@@ -198,44 +195,38 @@ def _join_findings(
             report(f"Claims, judged: {readme}")
 
 
-def _execute(source: Path, folder: Path, parameters: dict, limit: float) -> Executed:
+def _execute(source: Path, folder: Path, parameters: dict, limit: float) -> Path:
     """Execute as NAME.failed.ipynb and rename once every cell is known to have run.
 
     Raises OutOfTime, and leaves no copy, when a cell had to stop at the `limit`.
     """
-    started, clock = time.time_ns(), time.perf_counter()
     target = folder / source.name
     draft = target.with_suffix(".failed.ipynb")
     died = _run_cells(source, draft, parameters, limit)
     notebook = nbformat.read(draft, as_version=4)
-    name, problem = _unfinished(notebook) or ("", died)
-    if name == OutOfTime.__name__:
-        draft.unlink()
-        raise OutOfTime(problem)
-    if problem:
+    if problem := _unfinished(notebook) or died:
         so_far = f"The notebook as far as it ran: {draft}"
         raise NotebookError(f"{source.stem} failed: {problem} {so_far}")
     if target == source:
         nbformat.write(_stable(notebook), draft)
     os.replace(draft, target)
-    paths = sorted((source.parent.parent / "figures").rglob("*.png"))
-    written = tuple(path for path in paths if path.stat().st_mtime_ns >= started)
-    return Executed(source.stem, target, time.perf_counter() - clock, written)
+    return target
 
 
 def _run_cells(source: Path, draft: Path, parameters: dict, limit: float) -> str:
     """Run a notebook in its folder; gives what papermill says when it did not reach the end."""
     how = {"kernel_name": "python3", "progress_bar": False, "config": _KERNEL}
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    paths = {"input_path": str(source), "output_path": str(draft), "cwd": str(source.parent)}
     try:
         with _environment(limit):
-            paths = {
-                "input_path": str(source),
-                "output_path": str(draft),
-                "cwd": str(source.parent),
-            }
             papermill.execute_notebook(**paths, parameters=parameters, **how, **streams)
-    except (PapermillExecutionError, CellExecutionError, DeadKernelError) as error:
+    except DeadKernelError as error:
+        return f"{error}."
+    except (PapermillExecutionError, CellExecutionError) as error:
+        if error.ename == OutOfTime.__name__:
+            draft.unlink()
+            raise OutOfTime(error.evalue) from error
         return f"{error}."
     return ""
 
@@ -281,21 +272,17 @@ def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]
     return joined
 
 
-def _unfinished(notebook: nbformat.NotebookNode) -> tuple[str, str] | None:
-    """The name and the text of what kept a notebook from its end; None if every code cell ran, in
-    order and without an error.
+def _unfinished(notebook: nbformat.NotebookNode) -> str:
+    """What kept a notebook from its end; empty if every code cell ran, in order, to its own end.
 
     An output file is no proof: a kernel that dies, or `sys.exit(0)` in a cell, leaves one too.
     """
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     for position, cell in enumerate(cells, start=1):
         for output in cell.outputs:
-            if output.output_type == "error" and output.ename == OutOfTime.__name__:
-                return output.ename, output.evalue
             if output.output_type == "error":
-                text = f"code cell {position} raised {output.ename}: {output.evalue}."
-                return output.ename, text
+                return f"code cell {position} raised {output.ename}: {output.evalue}."
         if cell.execution_count != position:
             died = "did not finish: the kernel died or was told to exit"
-            return "", f"code cell {position} of {len(cells)} {died}."
-    return None
+            return f"code cell {position} of {len(cells)} {died}."
+    return ""

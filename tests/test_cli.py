@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner
 
@@ -281,6 +282,73 @@ def test_a_second_attack_keeps_what_the_first_one_wrote(pictures, tmp_path):
 def test_withheld_labels_are_inferred(pictures, tmp_path):
     options = ("--attack", "ig", "--labels", "withheld", "--iterations", 1, "--output", tmp_path)
     assert "labels: inferred from the last layer" in succeeds("attack", pictures[0], *options)
+
+
+OWN_MODEL = """
+import gipip, torch
+from torch import nn
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(900, 5))
+
+def model():
+    return gipip.client_model(network(), (0.5,) * 3, (0.25,) * 3)
+"""
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """A folder with a module of the user's, the update of a client with its model, and the weights
+    of another network.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own.py").write_text(OWN_MODEL)
+    space: dict = {}
+    exec(OWN_MODEL, space)
+    model, batch = space["model"](), gipip.load_dataset("cifar10").private(2, distinct_labels=False)
+    other = gipip.build_model("lenet", 5, seed=7)
+    batch = gipip.LabeledImages(batch.pixels, torch.tensor([0, 4]))
+    save_file(other.network.state_dict(), tmp_path / "lenet.safetensors")
+    gipip.Client(other).share(batch, labels="withheld").save(tmp_path / "lenet-update.safetensors")
+    gipip.Client(model).share(batch).save(tmp_path / "update.safetensors")
+    yield tmp_path
+    sys.modules.pop("own", None)
+
+
+def test_an_update_from_a_file_is_attacked_with_the_model_of_the_users_code(shared):
+    options = ("--model", "own:model", "--attack", "ig", "--iterations", 3)
+    text = succeeds("attack", "--update", "update.safetensors", *options)
+    assert "labels: given" in text and "psnr" not in text
+    assert text.endswith("Reconstructions: results/attack/ig-1\n")
+    written = sorted(path.name for path in (shared / "results/attack/ig-1").iterdir())
+    assert written == ["1.png", "2.png", "comparison.png"]
+
+
+def test_an_update_from_a_file_is_attacked_with_weights_from_a_file(shared):
+    options = ("--model", "lenet", "--attack", "ig", "--iterations", 3)
+    update = ("attack", "--update", "lenet-update.safetensors", *options)
+    assert "inferred" in succeeds(*update, "--weights", "lenet.safetensors")
+    assert "from other weights" in fails(*update)
+    assert "does not hold the model's weights" in fails(*update, "--weights", "update.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "Give pictures, or an update"),
+        ("first.png --update update.safetensors", "Give pictures, or an update"),
+        ("--update own.py", "own.py is no readable safetensors file"),
+        ("--update nowhere", "No such file"),
+        ("--update update.safetensors --model none:model", "No module named 'none'"),
+        ("--update update.safetensors --model own:none", "has no attribute 'none'.*client_model"),
+        ("--update update.safetensors --model own:network", "returns a Sequential; expected"),
+        ("--update update.safetensors --model lenet", "from another architecture"),
+    ],
+)
+def test_an_update_or_a_model_that_cannot_be_used_is_named(options, message, shared):
+    assert re.search(message, fails("attack", *options.split(), "--attack", "ig"))
 
 
 def assumptions_of(text) -> dict[str, str]:

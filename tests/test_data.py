@@ -815,7 +815,11 @@ def test_a_batch_size_that_is_none_is_refused(size, unchecked):
             "one for each of 2 images; got torch.int64 of shape .3,.",
         ),
         (torch.zeros(2, 3, 8, 8).double(), torch.zeros(2).long(), "uint8 or float32"),
-        (torch.zeros(2, 1, 8, 8), torch.zeros(2).long(), ".batch, 3, height, width..*.2, 1, 8, 8."),
+        (
+            torch.zeros(2, 8, 8),
+            torch.zeros(2).long(),
+            ".batch, channels, height, width..*.2, 8, 8.",
+        ),
         (torch.full((2, 3, 8, 8), float("nan")), torch.zeros(2).long(), "without NaN"),
         ([], torch.zeros(0).long(), "images, .* got a list"),
         (

@@ -905,76 +905,29 @@ def test_an_effect_counts_batches_and_pairs_images_within_them(results):
     assert results.effect("GI-PIP", "IG", "ssim").mean == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "a", "b"),
-    [
-        ("mode", "eval", "train"),
-        ("labels", "given", "withheld"),
-        ("epochs", 0, 40),
-        ("fedavg", None, FedAvg(steps=2)),
-    ],
-)
-def test_a_difference_pairs_the_images_of_scenarios_that_differ_in_one_field(name, a, b):
+def test_an_effect_pairs_images_in_whatever_order_they_were_attacked():
     psnr = {
-        (a, 0): [20.0, 22.0],
-        (a, 1): [30.0, 31.0],
-        (b, 1): [27.0, 30.0],
-        (b, 0): [19.0, 19.0],
-        (b, 2): [5.0, 5.0],
+        ("ours", 0): [20.0, 22.0],
+        ("ours", 1): [30.0, 31.0],
+        ("theirs", 1): [27.0, 30.0],
+        ("theirs", 0): [19.0, 19.0],
+        ("theirs", 2): [5.0, 5.0],  # attacked by one arm only
     }
-    results = Results(
-        made_up("IG", values, seed=seed, **{name: value}) for (value, seed), values in psnr.items()
-    )
-    difference = results.difference({"arm": "IG", name: a}, {"arm": "IG", name: b})
-    assert (difference.mean, difference.count) == (
-        (1 + 3 + 3 + 1) / 4,
-        2,
-    )  # seed 2 was attacked on one side only
-    assert difference == paired_difference([20, 22, 30, 31], [19, 19, 27, 30], groups=[0, 0, 1, 1])
-    assert results.difference({name: b}, {name: a}).mean == -2
+    results = Results(made_up(arm, values, seed=seed) for (arm, seed), values in psnr.items())
+    effect = results.effect("ours", "theirs")
+    assert effect == paired_difference([20, 22, 30, 31], [19, 19, 27, 30], groups=[0, 0, 1, 1])
+    assert results.effect("theirs", "ours").mean == -2
 
 
-def test_a_difference_may_be_of_arms_and_scenarios_at_once_and_in_any_metric():
-    results = Results(
-        [
-            made_up("IG", [10.0], mode="train"),
-            made_up("IG", [12.0]),
-            made_up("GI-PIP", [15.0]),
-            made_up("DLG", [1.0]),
-        ]
-    )
-    sides = {"arm": "GI-PIP", "mode": "eval"}, {"arm": "IG", "mode": "train"}
-    assert results.difference(*sides).mean == 5 and results.difference(*sides, "lpips").mean == 0
-
-
-def test_a_difference_of_real_attacks_is_that_of_their_images_on_the_same_private_ones():
+def test_an_effect_of_real_attacks_is_that_of_their_images_on_the_same_private_ones():
     scenarios = [Scenario(model="convnet16", batch_size=2, mode=mode) for mode in ("eval", "train")]
-    results = Results(execute(Run("IG", scenario, SHORT)) for scenario in scenarios)
+    results = Results(execute(Run(scenario.mode, scenario, SHORT)) for scenario in scenarios)
     assert torch.equal(results[0].truth, results[1].truth)
     psnr = [
         -10 * (result.images - result.truth).square().mean((1, 2, 3)).log10() for result in results
     ]
-    assert results.difference({"mode": "eval"}, {"mode": "train"}).mean == pytest.approx(
-        (psnr[0] - psnr[1]).mean().item(), rel=1e-3
-    )
-
-
-def test_a_difference_with_an_image_attacked_twice_on_one_side_is_an_error_that_says_what_to_name():
-    results = Results(
-        made_up("IG", [10.0], mode=mode, labels=labels)
-        for mode in ("eval", "train")
-        for labels in ("given", "withheld")
-    )
-    with pytest.raises(
-        DataError, match="several results for one image. Name a scenario's field too"
-    ):
-        results.difference({"mode": "eval"}, {"mode": "train", "labels": "given"})
-    assert (
-        results.difference(
-            {"mode": "eval", "labels": "given"}, {"mode": "train", "labels": "given"}
-        ).count
-        == 1
-    )
+    expected = (psnr[0] - psnr[1]).mean().item()
+    assert results.effect("eval", "train").mean == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -987,15 +940,10 @@ def test_a_difference_with_an_image_attacked_twice_on_one_side_is_an_error_that_
         {"distinct_labels": False},
     ],
 )
-def test_a_difference_of_other_images_or_weights_is_refused(other):
+def test_an_effect_on_other_images_or_weights_is_refused(other):
     results = Results([made_up("IG", [10.0]), made_up("GI-PIP", [12.0], **other)])
     with pytest.raises(DataError, match="share no image. Give both the same batches"):
-        results.difference({"arm": "GI-PIP"}, {"arm": "IG"})
-
-
-def test_a_difference_to_nothing_is_refused(results):
-    with pytest.raises(DataError, match="nothing to compare: no results of .*'epochs': 40"):
-        results.difference({"arm": "IG"}, {"arm": "IG", "epochs": 40})
+        results.effect("GI-PIP", "IG")
 
 
 def test_an_effect_pairs_the_same_client_weights():

@@ -30,6 +30,9 @@ def problems(notebook: NotebookNode) -> list[str]:
         "the kernel python3": notebook.metadata.get("kernelspec", {}).get("name") == "python3",
         "no empty code cells": all(cell.source.strip() for cell in code),
         "code cells, all executed, in order, without errors": code and _executed(code),
+        "nothing on stderr": not any(
+            output.get("name") == "stderr" for cell in code for output in cell.outputs
+        ),
         "one cell tagged parameters": sum(
             "parameters" in cell.metadata.get("tags", []) for cell in code
         )
@@ -180,6 +183,9 @@ VACUOUS = {
     "no empty code cells": lambda notebook: notebook.cells.append(new_code_cell("")),
     "code cells, all executed, in order, without errors": lambda notebook: notebook.cells[1].update(
         execution_count=7
+    ),
+    "nothing on stderr": lambda notebook: notebook.cells[2].outputs.append(
+        new_output("stream", name="stderr", text="UserWarning: careful")
     ),
     "one cell tagged parameters": lambda notebook: notebook.cells[1].metadata.update(tags=[]),
     "a check cell with outputs": lambda notebook: notebook.cells[2].update(

@@ -2,9 +2,12 @@
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Sequence
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from PIL import Image
 from rattler import MatchSpec, Version, VersionSpec
 
 import gipip
@@ -22,6 +26,7 @@ from gipip.federation.defenses import AnyDefense
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
 MODULES = {"pillow": {"PIL"}, "pyyaml": {"yaml"}, "dask": {"dask", "distributed"}}
 """Of packages whose modules are not called like them."""
@@ -79,16 +84,64 @@ def test_a_file_imports_what_the_core_or_its_extra_installs(path):
     assert imported - known <= modules_of(EXTRAS[NEEDS[name]] if name in NEEDS else [])
 
 
-def test_every_declared_package_has_a_lower_bound():
+def declared() -> list[Requirement]:
+    """All packages that the core and the extras name."""
     texts = CORE + [text for texts in EXTRAS.values() for text in texts]
-    requirements = [Requirement(text) for text in texts if not text.startswith("gipip[")]
-    assert [str(each) for each in requirements if ">=" not in str(each.specifier)] == []
+    return [Requirement(text) for text in texts if not text.startswith("gipip[")]
 
 
-def run(script: str, *options: str, path: Sequence[Path] = (ROOT,)) -> str:
-    """What a script prints in a process of its own that imports from `path`."""
+def test_every_declared_package_has_a_lower_bound():
+    assert [str(each) for each in declared() if ">=" not in str(each.specifier)] == []
+
+
+def test_the_versions_behind_the_numbers_are_exact_and_in_the_declared_ranges():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    exact = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    for each in declared():
+        assert exact.get(each.name, "none") in each.specifier, each
+    assert "--constraint constraints.txt" in (ROOT / "Makefile").read_text()
+
+
+def test_the_citation_agrees_with_the_project():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    for field in ("version", "license", "keywords", "authors"):
+        assert citation[field] == PROJECT[field]
+    paper = citation["preferred-citation"]
+    readme = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    authors = [f"{each['given-names']} {each['family-names']}" for each in paper["authors"]]
+    assert f"{', '.join(authors)}. *{paper['title']}*" in readme
+
+
+def test_the_changelog_speaks_of_this_version():
+    assert gipip.__version__ == PROJECT["version"]
+    assert f"## [{PROJECT['version']}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".github/workflows/ci.yml",
+        ".pre-commit-config.yaml",
+        ".devcontainer/devcontainer.json",
+        "Dockerfile",
+        "CONTRIBUTING.md",
+    ],
+)
+def test_a_file_that_calls_make_names_targets_that_exist(name):
+    called = re.findall(
+        r"(?:run: |entry: |RUN .*|postCreateCommand\": \"|`)make ([a-z-]+)",
+        (ROOT / name).read_text(),
+    )
+    assert called and set(called) <= set(TARGETS)
+
+
+def run(
+    script: str, *options: str, path: Sequence[Path] = (ROOT,), folder: Path | None = None
+) -> str:
+    """What a script prints in a process of its own, in `folder`, that imports from `path`."""
     done = subprocess.run(
         [sys.executable, *options, "-c", script],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
         capture_output=True,
         text=True,
@@ -132,6 +185,55 @@ print(len(gipip.evaluate(attack(model, gipip.Client(model).share(batch)), batch)
 print(importlib.util.find_spec("matplotlib"))
 """
     assert run(script, "-S", path=[core, ROOT]) == "2\nNone\n"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with what would be published: the wheel, what it holds in "unpacked", the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "--directory", folder]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "unpacked")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["whl", "tar.gz"])
+def test_what_is_published_is_smaller_than_20_megabytes(built, kind):
+    [file] = built.glob(f"*.{kind}")
+    assert file.stat().st_size < 20_000_000
+
+
+def test_a_wheel_attacks_a_picture_with_the_core_alone(built, core, tmp_path):
+    Image.new("RGB", (40, 50), "teal").save(tmp_path / "photo.png")
+    script = """
+from gipip.cli import app
+for attack, size in (("gipip", 32), ("gipip", 64), ("latent", 32), ("latent", 64)):
+    options = f"photo.png --attack {attack} --size {size} --model lenet --iterations 1"
+    app(["attack", *options.split()], standalone_mode=False)
+"""
+    run(script, "-S", path=[core, built / "unpacked"], folder=tmp_path)
+    assert len(list(tmp_path.glob("results/attack/*/1.png"))) == 4
+
+
+def test_a_wheel_has_the_quickstart_and_says_where_the_other_notebooks_are(built, tmp_path):
+    script = "from gipip.reproduce import plan; print(list(plan('smoke'))); plan('cpu')"
+    unpacked = [built / "unpacked"]
+    with pytest.raises(AssertionError, match="all are in its repository.*00_quickstart"):
+        run(script, path=unpacked, folder=tmp_path)
+    assert [path.name for path in tmp_path.glob("notebooks/*.ipynb")] == ["00_quickstart.ipynb"]
+
+
+def test_the_attack_of_the_contributors_page_is_one_new_file(built, core, tmp_path):
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    attack, export = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    package = shutil.copytree(built / "unpacked" / "gipip", tmp_path / "gipip")
+    [name] = re.findall(r"Write `gipip/(.*?)`", page)
+    (package / name).write_text(attack)
+    with (package / "__init__.pyi").open("a") as stub:
+        stub.write(export)
+    script = "import gipip; print(gipip.SmoothInversion is gipip.ATTACKS['smooth'])"
+    assert run(script, "-S", path=[core], folder=tmp_path) == "True\n"
 
 
 def test_importing_gipip_loads_a_library_only_when_a_name_is_asked_for():

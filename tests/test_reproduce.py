@@ -114,21 +114,12 @@ def test_unreadable_profiles_are_an_error(folder, text):
 
 def test_an_executed_copy_holds_the_outputs_with_the_profiles_parameters(folder, capfd):
     source = (folder / "02_second.ipynb").read_bytes()
-    (result,) = run("cpu", ["02"], folder=folder)
-    assert result.copy == folder.parent / "results" / "notebooks" / "cpu" / "02_second.ipynb"
-    assert printed(result.copy) == "3 smoke\n"
+    (copy,) = run("cpu", ["02"], folder=folder)
+    assert copy == folder.parent / "results" / "notebooks" / "cpu" / "02_second.ipynb"
+    assert printed(copy) == "3 smoke\n"
     assert "3 smoke" in capfd.readouterr().out, "the output of cells is relayed"
     assert (folder / "02_second.ipynb").read_bytes() == source
-    assert [path.name for path in result.copy.parent.iterdir()] == ["02_second.ipynb"]
-
-
-def test_figures_written_by_a_notebook_are_told(folder):
-    figures = folder.parent / "figures" / "smoke"
-    figures.mkdir(parents=True)
-    (figures / "old.png").touch()
-    write(folder, "01_first", "open('../figures/smoke/new.png', 'w').close()")
-    (result,) = run("smoke", ["01"], folder=folder)
-    assert result.figures == (figures / "new.png",)
+    assert [path.name for path in copy.parent.iterdir()] == ["02_second.ipynb"]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -195,8 +186,8 @@ def test_kernels_are_headless_and_ignore_a_foreign_jupyter_path(folder, monkeypa
     monkeypatch.delenv("GIPIP_HEADLESS")
     variables = "os.environ['GIPIP_HEADLESS'], os.environ.get('JUPYTER_PATH')"
     write(folder, "01_first", f"import os\nprint({variables}, os.path.basename(os.getcwd()))")
-    (result,) = run("smoke", ["01"], folder=folder)
-    assert printed(result.copy) == "1 None notebooks\n"
+    (copy,) = run("smoke", ["01"], folder=folder)
+    assert printed(copy) == "1 None notebooks\n"
 
 
 LIMITED = """import os, time
@@ -219,7 +210,7 @@ def test_a_notebook_that_is_out_of_time_is_left_for_the_next_time_and_not_a_fail
     with pytest.raises(OutOfTime, match=message):
         run("smoke", budget=3600, **options)
     assert not list(folder.parent.rglob("*.failed.ipynb")) and "01_first: done" in reports[1]
-    assert [result.name for result in run("smoke", budget=3 * 3600, **options)] == [
+    assert [path.stem for path in run("smoke", budget=3 * 3600, **options)] == [
         "01_first",
         "02_second",
     ]

@@ -1,25 +1,30 @@
 """The features attack: take the batch apart, decode each image, refine by gradient matching."""
 
-from jaxtyping import Int
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, field_serializer
-from torch import Tensor
+from jaxtyping import Float, Int
+from pydantic import NonNegativeFloat, NonNegativeInt, field_serializer
+from torch import Tensor, nn
 
 from gipip.attacks.features import recovered
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.loop import Course, Observer, Terms, Variables
+from gipip.attacks.objectives import Gradients
 from gipip.attacks.view import View
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel
+from gipip.federation.models import ClientModel, Images, entering
 from gipip.priors.autoencoder import AnomalyScore
 from gipip.priors.decoder import FeatureDecoder
 
 
 class FeatureInversion(InvertingGradients):
-    """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x) + λ_AS·AS(x) + λ_D·mean (x − x_D)², from x_D.
+    """cost(x) = 1 − cos(g, g*) + λ_TV·TV(x) + λ_F·F(x) + λ_D·mean (x − x_D)² + λ_AS·AS(x).
 
-    x_D are the decoded features of each image, which the last layer's gradient gives away (see
-    `gipip.recover_features`); with `iterations=0` they are the result. `prior`: the decoder of this
-    very client model. `pull_weight`: λ_D. `score`: an anomaly score, of weight `as_weight` (λ_AS).
+    The last layer's gradient gives away the features h of each image (`gipip.recover_features`);
+    x_D, the start, is what `prior`, the decoder of this very client model, makes of them; with
+    `iterations=0` it is the result. F(x) = ‖h(x) − h‖², relative to the variance of features, mean
+    over the batch. Where h is exact, F says all that the last layer's gradient does, image by
+    image, and g is matched without that layer.
+
+    `feature_weight`: λ_F. `pull_weight`: λ_D. `score`: an anomaly score, of weight `as_weight`.
     """
 
     name = "features"
@@ -27,10 +32,10 @@ class FeatureInversion(InvertingGradients):
     prior: FeatureDecoder
     score: AnomalyScore | None = None
     iterations: NonNegativeInt = 100
-    tv_weight: NonNegativeFloat = 1e-2
-    as_weight: NonNegativeFloat = 3.0
+    tv_weight: NonNegativeFloat = 0.06
+    feature_weight: NonNegativeFloat = 0.1
     pull_weight: NonNegativeFloat = 0.01
-    learning_rate: PositiveFloat = 0.1
+    as_weight: NonNegativeFloat = 10.0
 
     @field_serializer("score")
     def _score_by_fingerprint(self, score: AnomalyScore | None) -> str:
@@ -49,18 +54,39 @@ class FeatureInversion(InvertingGradients):
     def attempt(self, view: View, restart: int, observers: list[Observer]) -> Course:
         found = recovered(view.model, view.update)
         features, errors = found.features.to(view.target[0]), found.errors.to(view.target[0])
-        decoded = view.place(self.prior)(features, errors)
+        decoder = view.place(self.prior)
         view.labels = found.labels.to(view.target[0].device)
-        view.start = {"images": view.model.normalize(decoded)}
+        view.apart = view.last_linear if found.status == "exact" else ""
+        view.start = {
+            "images": view.model.normalize(decoder(features, errors)),
+            "features": features.nan_to_num(),
+            "trust": decoder.trust(features, errors),
+        }
         return super().attempt(view, restart, observers)
 
     def variables(self, view: View) -> Variables:
-        return view.start
+        return {"images": view.start["images"]}
+
+    def matched(self, view: View, gradients: Gradients) -> Gradients:
+        gradients = super().matched(view, gradients)
+        named = zip(view.update.parameter_names, gradients, strict=True)
+        left = [each for name, each in named if name.rpartition(".")[0] != view.apart]
+        return Gradients(left or gradients)
+
+    def feature_distance(self, view: View, images: Images) -> Float[Tensor, ""]:
+        """F(x) of normalised images; features count as far as they are known."""
+        with entering(view.model, nn.Linear) as seen:
+            view.model.network(images)
+        features = {name: entered for name, _, entered in seen}[view.last_linear]
+        away = (features - view.start["features"]).square().sum(dim=1)
+        return (view.start["trust"] * away).mean() / view.place(self.prior).decoder.variance
 
     def terms(self, view: View, variables: Variables) -> Terms:
         x = self.candidate(view, variables)
         pull = (x - view.start["images"]).square().mean()
-        terms = super().terms(view, variables) | {"pull": self.pull_weight * pull}
+        terms = super().terms(view, variables)
+        terms["features"] = self.feature_weight * self.feature_distance(view, x)
+        terms["pull"] = self.pull_weight * pull
         if self.score:
             score = view.place(self.score)(view.images(x)).mean()
             terms["anomaly score"] = self.as_weight * score

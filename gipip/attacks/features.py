@@ -10,7 +10,6 @@ Cocktail Party Attack (Kariyappa et al., ICML 2023: independent components) and 
 al., NeurIPS 2024: zeros of ReLU); here the softmax is used as well, and says what is right.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from gipip.attacks.labels import infer_labels
 from gipip.errors import UpdateError
 from gipip.federation.client import FedAvg, SharedUpdate
-from gipip.federation.models import ClientModel, last_linear
+from gipip.federation.models import ClientModel, class_gradient, class_logits, in_mode, last_linear
 
 ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
 _FLOAT32 = 1e-7
@@ -89,21 +88,23 @@ def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
 
 def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]:
     """Weights, bias, and the gradients of both, in float64; zeros for a bias that is not there."""
-    model = copy.deepcopy(model).train(update.mode == "train")
+    model = in_mode(model, update.mode)
     probe = torch.rand(4, *update.image_shape, generator=torch.Generator().manual_seed(0))
     name, _ = last_linear(model, probe.to(next(model.parameters())))
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     gradients = dict(zip(update.parameter_names, update.gradients, strict=True))
-    gradient = gradients.get(f"{name}.weight")
+    gradient = class_gradient(gradients.get(f"{name}.weight"))
     if gradient is None or not gradient.any():
         raise UpdateError(
             f"The update holds no gradient of {name}.weight, from which features are recovered: "
             "the layer is frozen, withheld or pruned. Another attack may do without it."
         )
     missing = torch.zeros(len(gradient))
-    bias = missing if layer.bias is None else layer.bias
-    tensors = (layer.weight, bias, gradient, gradients.get(f"{name}.bias", missing))
+    bias = missing if layer.bias is None else class_logits(layer.bias[None])[0]
+    weight = class_logits(layer.weight.T).T
+    bias_gradient = class_gradient(gradients.get(f"{name}.bias", missing))
+    tensors = (weight, bias, gradient, bias_gradient)
     return tuple(tensor.detach().cpu().double().numpy() for tensor in tensors)
 
 

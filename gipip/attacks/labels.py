@@ -1,14 +1,12 @@
 """Labels read off an update: what an attacker does when the client does not share them."""
 
-import copy
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gipip.errors import LabelError
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel, last_linear
+from gipip.federation.models import ClientModel, class_gradient, class_logits, in_mode, last_linear
 
 _PROBES = 64
 
@@ -32,12 +30,12 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
     Raises ModelError for a model whose logits do not come from a linear layer,
     LabelError where that layer shares no gradient to infer them from.
     """
-    model = copy.deepcopy(model).train(update.mode == "train")
+    model = in_mode(model, update.mode)
     noise = torch.rand(_PROBES, *update.image_shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(next(model.parameters()))
     layer, _ = last_linear(model, noise[:4])
     gradients = dict(zip(update.parameter_names, update.gradients, strict=True))
-    bias, weight = gradients.get(f"{layer}.bias"), gradients.get(f"{layer}.weight")
+    bias, weight = (class_gradient(gradients.get(f"{layer}.{kind}")) for kind in ("bias", "weight"))
     if update.batch_size == 1 and bias is not None:
         return bias.argmin().view(1)
     if update.batch_size == 1 and weight is not None:
@@ -47,8 +45,10 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
             f"Labels are inferred from the gradient of {layer}, and the update holds none that "
             "tells them (several images need its bias). Use Client.share(batch, labels='given')."
         )
-    prediction = model(noise).softmax(dim=1).mean(dim=0)
-    return _round_to_total(update.batch_size * (prediction - bias), update.batch_size)
+    prediction = class_logits(model(noise)).softmax(dim=1).mean(dim=0)
+    share = model.label_smoothing
+    counts = (prediction - bias - share / len(bias)) / (1 - share)
+    return _round_to_total(update.batch_size * counts, update.batch_size)
 
 
 def _round_to_total(counts: Float[Tensor, "classes"], total: int) -> Int[Tensor, "total"]:

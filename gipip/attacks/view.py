@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gipip.attacks.engines import ClientGradient, client_gradient
 from gipip.attacks.loop import Variables
 from gipip.attacks.objectives import Gradients
-from gipip.errors import BatchSizeError
 from gipip.federation.client import SharedUpdate, check_labels
-from gipip.federation.models import ClientModel, Images
+from gipip.federation.models import ClientModel, Images, class_logits, in_mode, last_linear
 
 Prior = TypeVar("Prior", bound=nn.Module)
 
@@ -52,6 +51,7 @@ class View:
     `gradients(images, labels)`: what a client with these normalised images and labels (class
     indices or distributions) would share, differentiable. `target`: what the client did share, g*.
     `labels`: None if the attack optimises them. `start`: what an earlier stage found, for the next.
+    `apart`: the layer whose gradient an earlier stage took apart, so that it is matched no more.
     """
 
     model: ClientModel
@@ -62,24 +62,20 @@ class View:
     generator: torch.Generator = field(default_factory=torch.Generator)
     placed: dict[nn.Module, nn.Module] = field(default_factory=dict)
     start: Variables = field(default_factory=dict)
+    apart: str = ""
 
     @classmethod
     def of(cls, model: ClientModel, update: SharedUpdate, engine: str = "auto", **options) -> Self:
         """That of `update`, with the labels that came with it.
 
-        `engine`, `options`: of `client_gradient`. Raises LabelError, BatchSizeError or EngineError.
+        `engine`, `options`: of `client_gradient`. Raises LabelError or EngineError.
         """
-        model = copy.deepcopy(model).train(update.mode == "train")  # running statistics would move
+        model = in_mode(model, update.mode)
         gradients = client_gradient(model, update, engine, **options)
         target = gradients.laid_out(update.gradients)
         view = cls(model, update, gradients, target, update.labels)
         if update.labels is not None:
             check_labels(update.labels, view.classes)
-            if len(update.labels) != update.batch_size:
-                raise BatchSizeError(
-                    f"The update is of {update.batch_size} images but {len(update.labels)} labels "
-                    "came with it. Expected one label an image."
-                )
         return view
 
     @property
@@ -97,7 +93,13 @@ class View:
     def classes(self) -> int:
         """How many the model knows."""
         with torch.no_grad():
-            return self.model(torch.zeros(self.shape).to(self.target[0])).shape[1]
+            logits = self.model(torch.zeros(self.shape).to(self.target[0]))
+        return class_logits(logits).shape[1]
+
+    @cached_property
+    def last_linear(self) -> str:
+        """Name of the linear layer whose output the logits are."""
+        return last_linear(self.model, torch.zeros(self.shape).to(self.target[0]))[0]
 
     def place(self, prior: Prior) -> Prior:
         """A copy of a prior on the attack's device and in its precision, made once."""

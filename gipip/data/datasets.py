@@ -34,7 +34,9 @@ PAPER_FRACTION = 0.038
 
 CIFAR10_SAMPLE = DATA / "cifar10-sample.safetensors"
 IMAGENET64_SAMPLE = DATA / "imagenet64-sample.safetensors"
-_Pixels = UInt8[Tensor, "batch 3 height width"] | Float32[Tensor, "batch 3 height width"]
+_Pixels = (
+    UInt8[Tensor, "batch channels height width"] | Float32[Tensor, "batch channels height width"]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class LabeledImages:
     indices: Int64[Tensor, "batch"] = None  # type: ignore[assignment]  # set below
 
     def __post_init__(self) -> None:
-        _require(self.pixels, _Pixels, "uint8 or float32 images, (batch, 3, height, width)")
+        _require(self.pixels, _Pixels, "uint8 or float32 images, (batch, channels, height, width)")
         count = len(self.pixels)
         if self.indices is None:
             object.__setattr__(self, "indices", torch.arange(count))
@@ -62,7 +64,7 @@ class LabeledImages:
             raise DataError("Float images lie in [0, 1], without NaN. Divide by 255, or clamp.")
 
     @property
-    def images(self) -> Float32[Tensor, "batch 3 height width"]:
+    def images(self) -> Float32[Tensor, "batch channels height width"]:
         """In [0, 1]. Converted at each access: of a large pool, take a part first."""
         return self.pixels.float() / 255 if self.pixels.dtype == torch.uint8 else self.pixels
 

@@ -78,9 +78,9 @@ def _measured(
 
 def _checked(source: Any, role: str) -> Images:
     images = getattr(source, "images", source)
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        expected = "images as a tensor of shape (batch, 3, height, width)"
+        expected = "images as a tensor of shape (batch, 1 or 3, height, width)"
         raise DataError(f"The {role} must hold {expected}; found {found}.")
     if not images.numel():
         raise DataError(f"The {role} holds no images: {tuple(images.shape)}. Give at least one.")
@@ -96,6 +96,11 @@ def _checked(source: Any, role: str) -> Images:
 
 def _prepared(images: Tensor) -> Images:
     return images.detach().to("cpu", torch.float32).clamp(0, 1)
+
+
+def _coloured(images: Tensor) -> Images:
+    """Of three channels, as LPIPS takes them; three equal ones of a grey image."""
+    return _prepared(images).expand(-1, 3, -1, -1)
 
 
 def match(images: Images, truth: Images) -> Int[Tensor, "batch"]:
@@ -157,13 +162,13 @@ def lpips(images: Images, truth: Images) -> PerImage:
     _require_size("lpips", images)
     network = _lpips_network()
     # 64 at a time bounds the memory
-    pairs = zip(_prepared(images).split(64), _prepared(truth).split(64), strict=True)
+    pairs = zip(_coloured(images).split(64), _coloured(truth).split(64), strict=True)
     return torch.cat([network(*pair, normalize=True).reshape(-1) for pair in pairs])
 
 
 @torch.no_grad()
 def pairwise_lpips(
-    images: Images, others: Float[Tensor, "others 3 height width"]
+    images: Images, others: Float[Tensor, "others channels height width"]
 ) -> Float[Tensor, "batch others"]:
     """LPIPS distance, as `lpips`, of each of the images to each of the others.
 
@@ -171,16 +176,16 @@ def pairwise_lpips(
     pixels, so that the next images are measured against them quickly.
     """
     _require_size("lpips", images)
-    features = _lpips_features(_prepared(images))
+    features = _lpips_features(_coloured(images))
     distances = []
-    for part in _prepared(others).split(max(1, 2**18 // images[0, 0].numel())):
+    for part in _coloured(others).split(max(1, 2**18 // images[0, 0].numel())):
         kept = _kept_features(part.numpy().tobytes(), part.shape)
         exact = torch.cdist(features, kept, compute_mode="donot_use_mm_for_euclid_dist")
         distances.append(exact.square())
     return torch.cat(distances, dim=1)
 
 
-def identified(images: Images, truth: Images, pool: Float[Tensor, "pool 3 _ _"]) -> PerImage:
+def identified(images: Images, truth: Images, pool: Float[Tensor, "pool channels _ _"]) -> PerImage:
     """1 for each image whose nearest of the pool, by LPIPS, is its `truth`; else 0.
 
     Whether someone who has the pool could tell of whom it is. A copy of the truth in
@@ -195,7 +200,9 @@ def identified(images: Images, truth: Images, pool: Float[Tensor, "pool 3 _ _"])
     return _equal(pool[nearest], truth).float()
 
 
-def _equal(images: Images, others: Float[Tensor, "*any 3 height width"]) -> Bool[Tensor, "batch"]:
+def _equal(
+    images: Images, others: Float[Tensor, "*any channels height width"]
+) -> Bool[Tensor, "batch"]:
     return (images == others).flatten(1).all(dim=1)
 
 

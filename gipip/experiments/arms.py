@@ -21,7 +21,7 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.evaluation.published import published_psnr
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
-from gipip.experiments.claims import Comparison, compare
+from gipip.experiments.claims import Comparison
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.shares import gradient_shares
@@ -36,6 +36,9 @@ EQUAL = "GIPIP at equal TV weight"
 """The arm of data/tuned.json that adds the anomaly score (c = 0) to tuned Inverting
 Gradients and changes nothing else.
 """
+
+METRICS = ("psnr", "ssim")
+"""By which arms are compared."""
 
 Arm = Attack | Sequence[Attack]
 """One attack, or one for each seed of the prior: unit i gets number i mod their count."""
@@ -117,8 +120,10 @@ def compare_arms(
     found = []
     for condition in dict.fromkeys(result.run.scenario.condition for result in results):
         text = ", ".join([compared, *condition.replace("=", " = ").split("/")[1:]])
-        ours, theirs = ({"condition": condition, "arm": name} for name in (arm, baseline))
-        found += compare(results, about, text, ours, theirs)
+        images = len(results.select(arm=arm, condition=condition).images)
+        for metric in METRICS:
+            effect = results.effect(arm, baseline, metric, condition=condition)
+            found.append(Comparison(about, text, metric, images, effect))
     return found
 
 
@@ -129,7 +134,7 @@ def compare_losses(
     from the first arm of `less` to its second, on the same images.
     """
     found = []
-    for metric in ("psnr", "ssim"):
+    for metric in METRICS:
         wide = results.frame().pivot_table(metric, ["batch", "image"], "arm")
         losses = (wide[before] - wide[after] for before, after in (more, less))
         effect = paired_difference(*losses, groups=wide.index.get_level_values("batch"))

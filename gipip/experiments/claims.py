@@ -8,7 +8,7 @@ notebook saves both as tables; `make reproduce` joins them and writes README.md 
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ import pandas
 from gipip.errors import DataError
 from gipip.evaluation.statistics import Interval, holm
 from gipip.experiments.endpoints import NOT_MEASURED, STUDY, Endpoint
-from gipip.experiments.results import Results
 
 
 class Comparison(NamedTuple):
@@ -38,19 +37,6 @@ class Comparison(NamedTuple):
         """Of the comparisons' table."""
         about = f"{self.about} {STUDY[self.about].claim}"
         return {"claim": about, **self._asdict(), **self.difference._asdict()}
-
-
-def compare(
-    results: Results, about: int, compared: str, a: Mapping, b: Mapping
-) -> list[Comparison]:
-    """By PSNR and by SSIM the paired difference a − b of the results that `a` and `b` select (see
-    `Results.difference`).
-    """
-    images = len(results.select(**a).frame())
-    return [
-        Comparison(about, compared, metric, images, results.difference(a, b, metric))
-        for metric in ("psnr", "ssim")
-    ]
 
 
 _NUMBERS: dict[str, type] = {"mean": float, "low": float, "high": float}
@@ -136,8 +122,8 @@ def _judged(endpoints: pandas.DataFrame) -> pandas.DataFrame:
 def write_findings(
     readme: Path | str, claims: pandas.DataFrame, comparisons: pandas.DataFrame
 ) -> bool:
-    """Write the table of claims between the marker lines of `readme`, and every comparison between
-    those of docs/claims.md beside it: what `collect_findings` gives.
+    """Write the table of claims between the marker lines of `readme`, and with every comparison
+    between those of docs/claims.md beside it: what `collect_findings` gives.
 
     Equal tables give equal bytes. A file without such lines, or that is not there, is left alone:
     False if it is `readme`.
@@ -145,14 +131,14 @@ def write_findings(
     readme = Path(readme)
     shown = claims.assign(difference=_differences(claims))
     shown = shown[["claim", "endpoint", "metric", "model", "units", "difference", "verdict"]]
-    shown = shown.fillna("–")
-    parts = []
+    table = _markdown(shown.fillna("–"))
+    parts = [f"## Primary endpoints\n\n{table}"]
     for claim, rows in comparisons.groupby("claim"):
         rows = rows.assign(difference=_differences(rows)).rename(columns={"count": "batches"})
         listed = rows[["compared", "metric", "images", "batches", "difference"]]
         parts.append(f"## {claim}\n\n{_markdown(listed)}")
     _fill(readme.parent / "docs" / "claims.md", "\n".join(parts))
-    return _fill(readme, _markdown(shown))
+    return _fill(readme, table)
 
 
 def _differences(table: pandas.DataFrame) -> list[str]:

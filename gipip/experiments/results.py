@@ -57,15 +57,15 @@ class Results(Sequence):
             raise DataError(f"There are no results to make a table of. {advice}")
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
-    def difference(self, a: Mapping, b: Mapping, metric: str = "psnr") -> Interval:
-        """Mean of a − b in `metric` over the private images that both attacked, with
+    def effect(self, arm: str, baseline: str, metric: str = "psnr", **where) -> Interval:
+        """Mean of one arm − another in `metric` over the private images that both attacked, with
         its 95 % bootstrap interval over batches.
 
-        `a` and `b` select results as `select` does, such as {"arm": "GIPIP", "epochs":
-        40}. Raises DataError when they share no image, or one of them attacked an image
-        twice.
+        `where`: as for `select`, such as batch_size=4. Raises DataError when the arms share no
+        image, or one of them attacked an image twice.
         """
         image = ["model_seed", "batch", "image"]
+        a, b = ({"arm": name, **where} for name in (arm, baseline))
         parts = [self.select(**wanted) for wanted in (a, b)]
         if not all(parts):
             raise DataError(f"There is nothing to compare: no results of {a} or of {b}.")
@@ -77,10 +77,6 @@ class Results(Sequence):
         if pairs.empty:
             raise DataError(f"{a} and {b} share no image. Give both the same batches.")
         return paired_difference(pairs[metric], pairs[f"{metric}_baseline"], groups=pairs["batch"])
-
-    def effect(self, arm: str, baseline: str, metric: str = "psnr", **where) -> Interval:
-        """The `difference` of two arms on the scenarios that `where` selects."""
-        return self.difference({"arm": arm, **where}, {"arm": baseline, **where}, metric)
 
 
 def _fits(result: Result, wanted: Mapping) -> bool:

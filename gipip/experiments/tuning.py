@@ -21,6 +21,7 @@ from gipip.files import DATA
 
 Point = dict[str, float]
 _METRICS = ["psnr", "ssim", "lpips"]
+_FACTOR = 10**0.5
 
 
 def tuning_units(images: int | None = None, **about) -> list[Scenario]:
@@ -38,14 +39,13 @@ def tune(
     *,
     name: str = "",
     evaluations: int = 24,
-    factor: float = 10**0.5,
     enough: int | None = None,
     **sweep_options,
 ) -> tuple[Point, pandas.DataFrame]:
     """The settings of highest mean PSNR on the scenarios, and a row for every point tried.
 
     `settings`: what `pattern_search` varies, from the arm's own values; by default all weights of
-    its cost that are not 0. `evaluations`, `factor`: of that search. `name`: of the arm, by default
+    its cost that are not 0. `evaluations`: of that search. `name`: of the arm, by default
     its class's. `sweep_options`: store, executor, workers, as for `sweep`. The rows hold condition,
     arm, settings, psnr, ssim, lpips, and the numbers of images and iterations.
 
@@ -62,7 +62,7 @@ def tune(
         tables.append(_measured(arms, scenarios, **sweep_options))
         return tables[-1]["psnr"].tolist()
 
-    pattern_search(measure, _start(first, settings), evaluations, factor)
+    pattern_search(measure, _start(first, settings), evaluations)
     tried = pandas.concat(tables, ignore_index=True)
     tried.insert(1, "arm", name or type(first).__name__)
     tried["iterations"] = first.iterations
@@ -70,24 +70,21 @@ def tune(
 
 
 def pattern_search(
-    measure: Callable[[list[Point]], Sequence[float]],
-    start: Point,
-    evaluations: int,
-    factor: float = 10**0.5,
+    measure: Callable[[list[Point]], Sequence[float]], start: Point, evaluations: int
 ) -> None:
     """Search the point of highest measure, on a logarithmic lattice that has no edge, by measuring
     exactly so many different points, several at a time.
 
     `start`, of positive values, is first; then, again and again, the best point's neighbours: each
-    of its values times and divided by `factor`. When none is better, the factor's square root takes
-    its place.
+    of its values times and divided by √10. When none is better, the factor's square root takes its
+    place.
     """
     best, step = (0.0,) * len(start), 1.0
     scores: dict[tuple[float, ...], float] = {}
     new = [best]
     while len(scores) < evaluations:
         if new:
-            measured = measure([_point(start, factor, place) for place in new])
+            measured = measure([_point(start, place) for place in new])
             scores |= dict(zip(new, measured, strict=True))
             best = max(scores, key=scores.__getitem__)
         else:
@@ -96,10 +93,10 @@ def pattern_search(
         new = new[: evaluations - len(scores)]
 
 
-def _point(start: Point, factor: float, place: Sequence[float]) -> Point:
+def _point(start: Point, place: Sequence[float]) -> Point:
     """The values so many factors from the start."""
     powers = dict(zip(start, place, strict=True))
-    return {each: float(f"{start[each] * factor ** powers[each]:.6g}") for each in start}
+    return {each: float(f"{start[each] * _FACTOR ** powers[each]:.6g}") for each in start}
 
 
 def _neighbours(place: tuple[float, ...], step: float) -> Iterator[tuple[float, ...]]:

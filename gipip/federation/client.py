@@ -1,10 +1,10 @@
 """What crosses the wire: a client computes an update on its private batch and shares it."""
 
-import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -13,18 +13,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gipip.data.datasets import LabeledImages, described
-from gipip.errors import DataError, DefenseError, LabelError, UpdateError
+from gipip.errors import BatchSizeError, DataError, DefenseError, LabelError, UpdateError
+from gipip.federation.elsewhere import Given, gradients_of, mean_local_gradient
 from gipip.federation.models import (
     ClientModel,
     Images,
     Mode,
     check_client_model,
+    class_logits,
     count_classes,
     entering,
+    in_mode,
     model_fingerprint,
     prepared,
     trainable,
 )
+from gipip.files import read_tensors, write_tensors
 
 
 class FedAvg(BaseModel):
@@ -54,9 +58,10 @@ def local_update(
     labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
     fedavg: FedAvg | None = None,
     create_graph: bool = False,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """What a client computes, and an attacker simulates: the gradient of the mean
-    cross-entropy with respect to `parameters`.
+    cross-entropy, with `label_smoothing`, with respect to `parameters`.
 
     `inputs` are normalised, `labels` class indices or distributions over classes. With
     `fedavg` the mean gradient on the way of the local steps: (θ before − θ after) /
@@ -66,7 +71,8 @@ def local_update(
     """
 
     def gradient(weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        loss = nn.functional.cross_entropy(functional_call(network, weights, (inputs,)), labels)
+        logits = class_logits(functional_call(network, weights, (inputs,)))
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         return torch.autograd.grad(
             loss, tuple(weights.values()), create_graph=create_graph, materialize_grads=True
         )
@@ -123,14 +129,120 @@ class SharedUpdate:
     statistics: Statistics | None = None
     defenses: tuple[str, ...] = ()
 
+    @classmethod
+    def from_gradients(
+        cls,
+        model: ClientModel,
+        gradients: Given | None = None,
+        *,
+        batch_size: int,
+        image_shape: Sequence[int],
+        labels: Int[Tensor, "batch"] | Sequence[int] | None = None,
+        mode: Mode | None = None,
+        fedavg: FedAvg | None = None,
+        defenses: Sequence[str] = (),
+    ) -> Self:
+        """The update of a client whose gradients other code computed.
+
+        `gradients`: of the mean cross-entropy of `batch_size` images, as tensors or numpy
+        arrays; a list in the order of the parameters that are trained, or a dict by their
+        names, in `model` or in its network; None for what `loss.backward()` left in the
+        model. None in place of a tensor is zero. `image_shape`: channels, height and width.
+        `labels`: when the client shares them. `mode`: by default the network's own. `model`
+        holds the weights that the server had sent. `defenses`: in words, for the table of
+        assumptions. Raises UpdateError, ModelError or LabelError for what does not fit.
+        """
+        check_client_model(model)
+        if labels is not None:
+            labels = torch.as_tensor(labels, device=next(model.parameters()).device)
+        update = cls(
+            gradients=gradients_of(model, gradients),
+            parameter_names=tuple(trainable(model)),
+            batch_size=batch_size,
+            image_shape=tuple(image_shape),
+            labels=labels,
+            mode=mode or ("train" if model.network.training else "eval"),
+            model_fingerprint=model_fingerprint(model),
+            fedavg=fedavg,
+            defenses=tuple(defenses),
+        )
+        update.check(model)
+        _check_batch(model, update)
+        return update
+
+    @classmethod
+    def from_weights(
+        cls,
+        model: ClientModel,
+        before: Given,
+        after: Given,
+        *,
+        steps: int,
+        learning_rate: float,
+        mini_batch: int | None = None,
+        **about: Any,
+    ) -> Self:
+        """The update of a client that trained: `before` are the weights that the server had
+        sent, which `model` holds, and `after` what came back.
+
+        Both are dicts by name, such as network.state_dict(), or lists of tensors or numpy
+        arrays in the order of network.state_dict(), with or without the buffers. The client
+        took `steps` of SGD with `learning_rate`. `mini_batch`: how many of its images each
+        step took, in order and from the beginning again. Leave it out when the order is not
+        known: the attack then takes every step on all images, which is the same to first
+        order in the learning rate. `about`: batch_size (all the client's images),
+        image_shape, labels, mode and defenses, as of `from_gradients`; the mode is by default
+        "train" if the running statistics moved.
+        """
+        check_client_model(model)
+        fedavg = FedAvg(steps=steps, learning_rate=learning_rate, batch_size=mini_batch)
+        gradients, mode = mean_local_gradient(model, before, after, learning_rate * steps)
+        return cls.from_gradients(model, gradients, fedavg=fedavg, **{"mode": mode, **about})
+
+    def save(self, path: Path | str) -> Path:
+        """Write it as one safetensors file."""
+        pairs = zip(self.parameter_names, self.gradients, strict=True)
+        tensors = {f"gradients/{name}": gradient for name, gradient in pairs}
+        flat = itertools.chain.from_iterable(self.statistics or ())
+        tensors |= {f"statistics/{place:04}": value for place, value in enumerate(flat)}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        about = {name: getattr(self, name) for name in _ABOUT}
+        return write_tensors(path, tensors, about | {"fedavg": self.fedavg and dict(self.fedavg)})
+
+    @classmethod
+    def load(cls, path: Path | str, model: ClientModel | None = None) -> Self:
+        """What `save` wrote; with `model` on its device, and UpdateError unless it is from
+        that very model, which every attack asks again.
+        """
+        tensors, about = read_tensors(path)
+        if not {*_ABOUT, "fedavg"} <= about.keys():
+            raise UpdateError(f"{path} holds no update. Write one: update.save(file).")
+        if model is not None:
+            device = next(model.parameters()).device
+            tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        fedavg = about.pop("fedavg")
+        told: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in about.items()}
+        flat = [tensors[name] for name in sorted(tensors) if name.startswith("statistics/")]
+        update = cls(
+            gradients=tuple(tensors[f"gradients/{name}"] for name in told["parameter_names"]),
+            labels=tensors.get("labels"),
+            fedavg=fedavg and FedAvg(**fedavg),
+            statistics=tuple(zip(flat[::2], flat[1::2], strict=True)) or None,
+            **told,
+        )
+        if model is not None:
+            update.check(model)
+        return update
+
     def check(self, model: nn.Module) -> None:
         """Raise UpdateError unless the update is finite and belongs to `model`, and
         ModelError unless the model can be attacked.
         """
         check_client_model(model)
         needed = [(name, described(value)) for name, value in trainable(model).items()]
-        held = zip_longest(self.parameter_names, map(described, self.gradients))
-        for found, expected in zip_longest(held, needed):
+        held = itertools.zip_longest(self.parameter_names, map(described, self.gradients))
+        for found, expected in itertools.zip_longest(held, needed):
             if found != expected:
                 raise UpdateError(
                     f"The update holds {found} where the model has {expected}: it is from another "
@@ -141,10 +253,20 @@ class SharedUpdate:
                 raise UpdateError(
                     f"The gradient of {name} holds NaN or infinite values. Look at the loss."
                 )
+        if not any(gradient.any() for gradient in self.gradients):
+            raise UpdateError("The update is zero everywhere: it says nothing of any image.")
+        if self.labels is not None and len(self.labels) != self.batch_size:
+            raise BatchSizeError(
+                f"The update is of {self.batch_size} images but {len(self.labels)} labels came "
+                "with it. Expected one label an image."
+            )
         if model_fingerprint(model) != self.model_fingerprint:
             raise UpdateError(
                 "The update is from other weights. Pass the very model that the server sent."
             )
+
+
+_ABOUT = ("parameter_names", "batch_size", "image_shape", "mode", "model_fingerprint", "defenses")
 
 
 class Client:
@@ -176,19 +298,23 @@ class Client:
         DataError for a batch that is none, DefenseError for defences that are not in a
         list, UpdateError for other values of the options.
         """
-        if mode not in ("eval", "train"):
-            raise UpdateError(f"Unknown {mode=}. Expected 'eval' or 'train'.")
         if labels not in ("given", "withheld"):
             raise UpdateError(f"Unknown {labels=}. Expected 'given' or 'withheld'.")
         if statistics not in ("shared", "withheld"):
             raise UpdateError(f"Unknown {statistics=}. Expected 'shared' or 'withheld'.")
-        model = copy.deepcopy(self.model)  # train mode would move the running statistics
-        model.train(mode == "train")
+        model = in_mode(self.model, mode)
         check_parts(model, batch, defenses, fedavg)
         inputs, targets = prepared(model, batch)
         with torch.no_grad():
             found = batch_statistics(model.network, inputs) if statistics == "shared" else None
-        gradients = local_update(model.network, trainable(model.network), inputs, targets, fedavg)
+        gradients = local_update(
+            model.network,
+            trainable(model.network),
+            inputs,
+            targets,
+            fedavg,
+            label_smoothing=model.label_smoothing,
+        )
         update = SharedUpdate(
             gradients=tuple(gradient.detach() for gradient in gradients),
             parameter_names=tuple(trainable(model)),
@@ -216,6 +342,23 @@ def check_parts(model: ClientModel, batch: object, defenses: object, fedavg: obj
     if not isinstance(fedavg, FedAvg | None):
         raise UpdateError(f"Expected gipip.FedAvg(steps=…) as fedavg; got {fedavg!r}.")
     check_labels(batch.labels, count_classes(model, batch[:2]))
+
+
+def _check_batch(model: ClientModel, update: SharedUpdate) -> None:
+    """Raise the error that fits unless the update is of images that the model takes, each with
+    a label if any.
+    """
+    shape = (update.batch_size, *update.image_shape)
+    if len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise UpdateError(
+            f"batch_size={shape[0]!r}, image_shape={shape[1:]!r}: expected a whole number above 0, "
+            "and three: channels, height and width, such as (3, 32, 32)."
+        )
+    some = torch.zeros(min(2, shape[0]), *shape[1:])
+    batch = LabeledImages(some, torch.zeros(len(some), dtype=torch.int64))
+    classes = count_classes(in_mode(model, update.mode), batch)
+    if update.labels is not None:
+        check_labels(update.labels, classes)
 
 
 def _is_defense(value: object) -> bool:

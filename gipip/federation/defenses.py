@@ -2,7 +2,6 @@
 order; their labels are shared with the update.
 """
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DefenseError
 from gipip.federation.client import SharedUpdate, local_update
-from gipip.federation.models import ClientModel, last_linear, mixes_images, prepared, trainable
+from gipip.federation.models import (
+    ClientModel,
+    in_mode,
+    last_linear,
+    mixes_images,
+    prepared,
+    trainable,
+)
 from gipip.files import fingerprint
 
 Private = tuple[ClientModel | None, LabeledImages | None]
@@ -195,11 +201,12 @@ class DPSGD(Defense):
                 f"{self} needs each single image's gradient, but BatchNorm mixes the images. Use "
                 "mode='eval' and running statistics, or a model such as 'convnet16-groupnorm'."
             )
-        parameters = trainable(model.network)
+        parameters, smoothing = trainable(model.network), model.label_smoothing
         total = [torch.zeros_like(parameter) for parameter in parameters.values()]
         for row in range(len(batch)):
             image = prepared(model, batch[[row]])
-            clipped = _clipped(local_update(model.network, parameters, *image), self.max_norm)
+            gradients = local_update(model.network, parameters, *image, label_smoothing=smoothing)
+            clipped = _clipped(gradients, self.max_norm)
             total = [so_far + gradient for so_far, gradient in zip(total, clipped, strict=True)]
         mean = [gradient / size for gradient in total]
         return _with_noise(mean, self.noise_multiplier * self.max_norm / size, seed)
@@ -247,7 +254,7 @@ def _recall(update: SharedUpdate, private: Private) -> tuple[ClientModel, Labele
             "Pass the model and batch that the update is of: defense(update, model=…, batch=…)."
         )
     update.check(model)
-    return copy.deepcopy(model).train(update.mode == "train"), batch
+    return in_mode(model, update.mode), batch
 
 
 def _with_noise(gradients: Sequence[Tensor], std: float, seed: int) -> Iterator[Tensor]:

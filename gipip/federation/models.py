@@ -16,15 +16,15 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
 from gipip.data.datasets import CIFAR10_MEAN, CIFAR10_STD, LabeledImages, described
 from gipip.data.download import cache_folder
-from gipip.errors import ModelError
+from gipip.errors import ModelError, UpdateError
 from gipip.files import DATA, fingerprint, read_tensors
 
-Images = Float[Tensor, "batch 3 height width"]
+Images = Float[Tensor, "batch channels height width"]
 Mode = Literal["eval", "train"]
 
 
@@ -49,28 +49,58 @@ class Normalize(nn.Module):
     @property
     def box(self) -> tuple[Tensor, Tensor]:
         """What [0, 1] becomes in normalised space: lower and upper bound per channel,
-        each of shape (3, 1, 1).
+        each of shape (channels, 1, 1).
         """
         return -self.mean / self.std, (1 - self.mean) / self.std
 
 
 class ClientModel(nn.Module):
-    """A network behind its normalisation layer: images in [0, 1] in, logits out."""
+    """A network behind its normalisation layer: images in [0, 1] in, logits out.
 
-    def __init__(self, normalize: Normalize, network: nn.Module):
+    `label_smoothing`: of the cross-entropy that it is trained with.
+    """
+
+    def __init__(self, normalize: Normalize, network: nn.Module, label_smoothing: float = 0.0):
         super().__init__()
         self.normalize = normalize
         self.network = network
+        self.label_smoothing = label_smoothing
 
     def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
         return self.network(self.normalize(images))
 
 
-def client_model(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> ClientModel:
+def client_model(
+    network: nn.Module,
+    mean: Sequence[float] = (0.0,),
+    std: Sequence[float] = (1.0,),
+    *,
+    label_smoothing: float = 0.0,
+) -> ClientModel:
     """Your own network, made ready for gipip: `network` expects images normalised with
-    `mean` and `std` and gives logits.
+    `mean` and `std`, one a channel, and gives logits. Leave both out for a network that takes
+    images in [0, 1].
+
+    It is trained with the mean cross-entropy, with `label_smoothing` from 0 to less than 1 as
+    PyTorch defines it. A single logit is the second of two classes, which is binary
+    cross-entropy. Raises ModelError for another smoothing.
     """
-    return ClientModel(Normalize(mean, std), network)
+    if not 0 <= label_smoothing < 1:
+        raise ModelError(f"{label_smoothing=}: expected a number from 0 to less than 1.")
+    return ClientModel(Normalize(mean, std), network, label_smoothing)
+
+
+def class_logits(logits: Float[Tensor, "batch logits"]) -> Float[Tensor, "batch classes"]:
+    """A logit for each class: (0, z) for the only one z of a binary classifier, so that its
+    binary cross-entropy is the cross-entropy of two classes.
+    """
+    return logits if logits.shape[1] > 1 else nn.functional.pad(logits, (1, 0))
+
+
+def class_gradient(gradient: Tensor | None) -> Tensor | None:
+    """Of the layer that gives the logits, a row for each class: (−g, g) where it gives one."""
+    one = gradient is not None and len(gradient) == 1
+    return torch.cat([-gradient, gradient]) if one else gradient
 
 
 def prepared(model: ClientModel, batch: LabeledImages) -> tuple[Images, Int[Tensor, "batch"]]:
@@ -193,6 +223,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
+def in_mode(model: ClientModel, mode: Mode) -> ClientModel:
+    """A copy of the model whose BatchNorm layers use running ("eval") or batch ("train")
+    statistics. All else is in eval mode: what acts at random, such as dropout, is off.
+    """
+    if mode not in ("eval", "train"):
+        raise UpdateError(f"Unknown {mode=}. Expected 'eval' or 'train'.")
+    model = copy.deepcopy(model).eval()  # whose running statistics may move
+    for module in model.modules():
+        module.training = mode == "train" and isinstance(module, _NormBase)
+    return model
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's parameters and buffers."""
     return fingerprint(model.state_dict())
@@ -213,7 +255,8 @@ def check_client_model(model: nn.Module) -> None:
     """
     if not isinstance(model, ClientModel):
         raise ModelError(
-            f"{described(model)} has no normalisation layer. Use gipip.client_model(network, …)."
+            f"{described(model)} has no normalisation layer. Use gipip.client_model(network, mean, "
+            "std), without mean and std where it takes images in [0, 1]."
         )
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise ModelError("The model's lazy layers have no weights yet. Run it once: model(images).")
@@ -230,26 +273,29 @@ def check_client_model(model: nn.Module) -> None:
 @torch.enable_grad()
 def count_classes(model: ClientModel, batch: LabeledImages) -> int:
     """How many classes the model tells apart: the width of the logits that a copy of it
-    gives the batch.
+    gives the batch, and two for a single logit.
 
     Raises ModelError when it cannot take the images, when what it gives are no logits,
     or when these do not depend on a trainable parameter.
     """
     check_client_model(model)
     try:
-        logits = copy.deepcopy(model.network)(prepared(model, batch)[0])
+        inputs = prepared(model, batch)[0]
+        if inputs.shape != batch.pixels.shape:
+            raise ValueError(f"mean and std are of {len(model.normalize.mean)} channels")
+        logits = copy.deepcopy(model.network)(inputs)
     except Exception as error:  # the network may be anybody's code
         shape = tuple(batch.pixels.shape)
         raise ModelError(
             f"The model cannot take a batch of shape {shape} ({error}). Build it for images of "
-            f"this size: build_model(…, image_size={shape[-1]})."
+            f"this shape, such as build_model(…, image_size={shape[-1]})."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.requires_grad:
         raise ModelError(
             f"The network gives {described(logits)}; expected logits, a tensor of shape (images, "
             "classes) that its trainable parameters differentiate. Wrap it in a module that does."
         )
-    return logits.shape[1]
+    return class_logits(logits).shape[1]
 
 
 Entered = list[tuple[str, nn.Module, Tensor]]

@@ -2,7 +2,6 @@
 that auxiliary images have taught what the features of one client model mean.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import UpdateError
-from gipip.federation.models import ClientModel, Mode, last_linear, model_fingerprint
+from gipip.federation.models import ClientModel, Mode, in_mode, last_linear, model_fingerprint
 from gipip.priors.base import (
     Images,
     LearningRate,
@@ -105,11 +104,14 @@ class FeatureDecoder(Prior):
         mean features, as a Wiener filter does; those of an infinite one become the mean image.
         """
         if errors is not None:
-            noise = (errors * features.norm(dim=1)).square()
-            trust = (1 / (1 + noise / self.decoder.variance)).nan_to_num(0)[:, None]
-            centre = self.decoder.centre
+            trust, centre = self.trust(features, errors)[:, None], self.decoder.centre
             features = torch.where(trust > 0, centre + trust * (features - centre), centre)
         return self.decoder(features)
+
+    def trust(self, features: Features, errors: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """How much features of these relative errors still tell: a share of variance, in [0, 1]."""
+        noise = (errors * features.norm(dim=1)).square()
+        return (1 / (1 + noise / self.decoder.variance)).nan_to_num(0)
 
     def check_model(self, model: str, mode: Mode) -> None:
         """Raise UpdateError unless it was trained for the client model of this fingerprint, in
@@ -282,7 +284,7 @@ def features_of(
     model: ClientModel, images: Images, mode: Mode, random: torch.Generator
 ) -> Features:
     """What enters the model's last layer; in train mode of random batches."""
-    model = copy.deepcopy(model).train(mode == "train")
+    model = in_mode(model, mode)
     order = torch.arange(len(images))
     if mode == "train":
         order = torch.randperm(len(images), generator=random)

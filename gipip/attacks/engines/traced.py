@@ -23,7 +23,7 @@ from gipip.attacks.engines.derivatives import INSTEAD, convolution_backward
 from gipip.attacks.engines.eager import ClientGradient
 from gipip.attacks.engines.products import PartlyFactored
 from gipip.attacks.objectives import Gradients
-from gipip.federation.client import SharedUpdate, local_update
+from gipip.federation.client import SharedUpdate
 from gipip.federation.models import ClientModel
 
 _aten = torch.ops.aten
@@ -78,7 +78,8 @@ class Traced(ClientGradient):
         kind = (images.shape, images.dtype, images.device, labels.shape, labels.dtype)
         if kind not in self.recordings:
             names = (*self.parameters, *self.fixed)
-            key = (kind, self.fedavg, names, _structure(self.network))
+            about = (self.fedavg, self.label_smoothing, names)
+            key = (kind, about, _structure(self.network))
             recording = _RECORDINGS.pop(key, None) or self._record(images, labels)
             if not self._agrees(recording, images, labels):
                 raise _NotRecorded("a recording of its operations gives another gradient")
@@ -100,7 +101,7 @@ class Traced(ClientGradient):
             names = (f"network.{name}" for name in self.parameters)
             weights = (weight.detach().requires_grad_() for weight in constants[:count])
             parameters = dict(zip(names, weights, strict=True))
-            return local_update(network, parameters, images, labels, self.fedavg, create_graph)
+            return self.update_of(network, parameters, images, labels, create_graph)
 
         plain = [tensor.detach().contiguous() for tensor in (images, labels, *self.constants)]
         try:
