@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -31,7 +31,8 @@ _FLOAT32 = 1e-7
 _PRECISE = 0.01  # the relative error up to which an image's features count as recovered
 _ITERATIONS = 60
 _SUBSETS = 2000
-_COMPLETIONS = 10
+_COMPLETIONS = 50
+_DOUBT = 0.1
 _LARGEST_JACOBIAN = 5_000_000  # entries
 
 
@@ -52,6 +53,8 @@ class RecoveredFeatures:
     labels: Int[Tensor, "batch"]
     residual: float
     errors: Float64[Tensor, "batch"]
+    covariance: Float64[Tensor, "batch batch"]
+    known: Bool[Tensor, "features"]
     status: Literal["exact", "approximate"]
 
 
@@ -191,7 +194,7 @@ class _Span:
     def logits(self, matrix: ndarray) -> ndarray:
         return matrix @ self.logits_span + self.bias
 
-    def wrongness(self, logits: ndarray, gram: ndarray | float = 0.0) -> ndarray:
+    def wrongness(self, logits: ndarray, gram: ndarray) -> ndarray:
         """Ẽ, its mean over the client's local steps, of logits before the first one. Each step
         moves the layer, and so the logits, by HHᵀ + 11ᵀ (`gram`) times E.
         """
@@ -201,7 +204,7 @@ class _Span:
             wrong = np.zeros_like(logits)
             wrong[rows] = softmax(logits[rows]) - np.eye(len(self.bias))[self.labels[rows]]
             wrong /= len(wrong[rows])
-            logits = logits - self.fedavg.learning_rate * gram @ wrong
+            logits = logits - self.fedavg.learning_rate * (gram @ wrong)
             total += wrong
         return total / self.fedavg.steps / self.scale
 
@@ -254,7 +257,7 @@ class _Span:
     def iterated(self) -> ndarray:
         """The fixed point of P → M = (t·Ẽᵀ)⁺U → P, from uniform P."""
         classes, size = len(self.bias), len(self.labels)
-        wrong, t = self.wrongness(np.zeros((size, classes))), 1.0
+        wrong, t = self.wrongness(np.zeros((size, classes)), np.zeros((size, size))), 1.0
         for _ in range(_ITERATIONS):
             if self.any_scale and self.biased:
                 total = wrong.sum(axis=0)
@@ -349,6 +352,9 @@ class _Span:
             yield span, span.iterated()
             if self.biased:
                 yield span, span.class_rows()
+            if self.biased and not self.any_scale and not self.gradient.any(axis=0).all():
+                pruned = replace(self, pruned=True)
+                yield pruned, pruned.iterated()
             if self.biased and self.small:
                 yield span.peeled()
             if self.biased and self.small and not labels_known:
@@ -401,24 +407,33 @@ class _Span:
         return int(self.missing.any(axis=1).sum()) > len(self.labels)
 
     def completed(self) -> "_Span":
-        """With what a client left out of G_W, because it was small, estimated from the rest in
-        turn with the features (expectation–maximisation).
+        """With what a client left out of G_W, because it was small, estimated in turn with the
+        features: each by least squares, where estimates count less than what is there.
         """
-        span, bound = self, np.abs(self.gradient[self.gradient != 0]).min()
+        filled, bound = self.gradient, np.abs(self.gradient[self.gradient != 0]).min()
+        weights = np.where(self.missing, _DOUBT, 1.0)
+        classes, size = len(self.bias), len(self.labels)
+        start = self.wrongness(np.zeros((size, classes)), np.zeros((size, size)))
+        wrong = self.scale * start
         for _ in range(_COMPLETIONS):
-            matrix, _ = span.unpacked(span.iterated())
-            wrong = span.scale * span.wrongness_of(matrix)
-            estimate = np.clip(wrong.T @ matrix @ span.factors[2], -bound, bound)
-            span = replace(span, gradient=np.where(self.missing, estimate, self.gradient))
-        return span
+            normal = np.einsum("ic,cd,jc->dij", wrong, weights, wrong, optimize=True)
+            normal += 1e-9 * (wrong**2).sum() * np.eye(len(wrong))
+            products = (wrong @ (weights * filled)).T[:, :, None]
+            features = np.linalg.solve(normal, products)[:, :, 0].T
+            logits = features @ self.weight.T + self.bias
+            wrong = self.scale * self.wrongness(logits, features @ features.T + self.biased)
+            filled = np.where(
+                self.missing, np.clip(wrong.T @ features, -bound, bound), self.gradient
+            )
+        return replace(self, gradient=filled)
 
     def result(self, unknowns: ndarray) -> RecoveredFeatures:
         matrix, _ = self.unpacked(unknowns)
-        features = matrix @ self.factors[2]
+        features = np.nan_to_num(matrix @ self.factors[2])
         residual = float(np.nan_to_num(np.linalg.norm(self.residuals(unknowns)), nan=np.inf))
-        errors = np.full(len(features), np.inf)
-        if np.isfinite(residual):
-            errors = self.errors(unknowns, residual) / np.linalg.norm(features, axis=1)
+        covariance = self.covariance(unknowns, residual)
+        variances = covariance.diagonal() * features.shape[1]
+        errors = np.sqrt(variances) / np.linalg.norm(features, axis=1)
         exact = residual < ROUNDING and errors.max() < _PRECISE
         return RecoveredFeatures(
             features=torch.from_numpy(features),
@@ -426,20 +441,24 @@ class _Span:
             labels=torch.from_numpy(self.labels),
             residual=residual,
             errors=torch.from_numpy(errors),
+            covariance=torch.from_numpy(covariance),
+            known=torch.from_numpy(self.gradient.any(axis=0) | (not self.pruned)),
             status="exact" if exact else "approximate",
         )
 
-    def errors(self, unknowns: ndarray, residual: float) -> ndarray:
-        """Standard deviation of each image's features: out of the span and, where the Jacobian is
+    def covariance(self, unknowns: ndarray, residual: float) -> ndarray:
+        """Between the images' errors of a feature: out of the span and, where the Jacobian is
         small, in it.
         """
         matrix, _ = self.unpacked(unknowns)
         size, features = len(matrix), self.gradient.shape[1]
+        if not np.isfinite(residual):
+            return np.diag(np.full(size, 1e30))
+        covariance = matrix @ matrix.T
+        if self.small:
+            _, values, directions = np.linalg.svd(self.jacobian(unknowns), full_matrices=False)
+            directions /= np.maximum(values, 1e-9 * values[0])[:, None]
+            within = (directions.T @ directions)[:-1, :-1].reshape([size] * 4)
+            covariance += np.einsum("ikjk,k->ij", within, self.factors[1] ** 2) / features
         noise = max(residual, _FLOAT32) / np.sqrt(size * len(self.bias))  # of each equation
-        outside = features * (matrix**2).sum(axis=1)
-        if not self.small:
-            return noise * np.sqrt(outside)
-        _, values, directions = np.linalg.svd(self.jacobian(unknowns), full_matrices=False)
-        variances = ((directions / values[:, None]) ** 2).sum(axis=0)[:-1].reshape(size, size)
-        inside = (variances * self.factors[1] ** 2).sum(axis=1)
-        return noise * np.sqrt(inside + outside)
+        return max(noise, self.noise / np.linalg.norm(self.gradient)) ** 2 * covariance
