@@ -22,7 +22,10 @@ project_copyright = f"{author}, MIT licence"
 release = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "docs/api/*.md", "notebooks/*.ipynb", "data/README.md"]
+include_patterns = [
+    *("docs/*.md", "docs/api/*.md", "notebooks/*.ipynb"),
+    *("data/README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+]
 exclude_patterns = [".venv", "results", "docs/_build"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
@@ -39,6 +42,8 @@ autodoc_default_options = {
 autodoc_inherit_docstrings = False
 maximum_signature_line_length = 80
 
+pygments_style = "a11y-light"
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_copy_source = False
 html_math_renderer = "mathml"

@@ -268,6 +268,70 @@ def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
     typer.echo(f"Reconstructions{beside}: {folder}")
 
 
+def _defense(text: str) -> Any:
+    """Of a name and a strength, such as noise=0.001."""
+    from gipip.experiments.arms import defended
+
+    kind, _, strength = text.partition("=")
+    try:
+        return defended(kind, float(strength))
+    except (KeyError, ValueError) as error:
+        examples = (
+            "Give noise=0.001 (σ), sparsity=0.9, Soteria=0.5 or DP-SGD=0.1 (noise multiplier)."
+        )
+        raise typer.BadParameter(f"{text!r} is no defence. {examples}") from error
+
+
+@app.command()
+def audit(
+    images: Annotated[
+        list[Path] | None, Argument(help="What the clients hold.", metavar="PICTURE")
+    ] = None,
+    update: Annotated[
+        list[Path] | None, Option(help="File of SharedUpdate.save; repeatable.")
+    ] = None,
+    model: Annotated[
+        str, Option(help="resnet18, convnet, lenet, or yours as module:function.")
+    ] = "convnet",
+    weights: Annotated[Path | None, Option(help="Its state_dict, as safetensors.")] = None,
+    defense: Annotated[
+        list[Any] | None, Option(parser=_defense, metavar="NAME=STRENGTH", help="Repeatable.")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images in one client's batch.")] = 4,
+    steps: Annotated[int, Option(min=0, help="Of local training; 0 is FedSGD.")] = 0,
+    learning_rate: Annotated[float, Option(min=0, help="Of local training.")] = 0.01,
+    mode: Annotated[Literal["eval", "train"], Option(help="Of BatchNorm.")] = "eval",
+    size: Annotated[int, Option(min=32, max=512, help="To which pictures are scaled.")] = 32,
+    minutes: Annotated[float, Option(min=0.1, help="For all attacks together.")] = 10,
+    output: Annotated[Path, Option(help="Folder.")] = Path("results/audit"),
+):
+    """Say what a model's updates give away, as one HTML page and a JSON, within some minutes.
+
+    Of pictures of your own, which a client is simulated to train on, without a defence and under
+    each that is given; or of captured updates (--update). What is finished is kept: the same
+    command goes on from there.
+    """
+    from gipip.data.datasets import load_images
+
+    captured = [gipip.SharedUpdate.load(path) for path in update or ()]
+    batch = load_images(images, size) if images else None
+    classes = len(captured[0].gradients[-1]) if captured else max(10, len(batch or ()))
+    side = captured[0].image_shape[-1] if captured else size
+    fedavg = gipip.FedAvg(steps=steps, learning_rate=learning_rate) if steps else None
+    found = gipip.audit(
+        _client(model, weights, classes, side),
+        batch,
+        updates=captured,
+        defenses=defense or (),
+        fedavg=fedavg,
+        mode=mode,
+        batch_size=batch_size,
+        minutes=minutes,
+        folder=output,
+    )
+    typer.echo(str(found))
+
+
 @app.command()
 def data(
     name: Annotated[Literal["cifar10", "imagenet64"] | None, Argument()] = None,

@@ -1,44 +1,57 @@
-"""A panel for a notebook: choose a private batch and an attack, press Start, and watch the
-reconstruction arrive beside the truth.
+"""A panel for a notebook: choose private images, a defence and an attack, press Start, and watch
+the reconstruction arrive beside the truth.
 """
 
 import html
 import io
+import json
 import math
+import tempfile
 import threading
 import time
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import ipywidgets
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from gipip.attacks.base import Attack
-from gipip.attacks.dlg import DLG
-from gipip.attacks.gipip import GIPIP
-from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.attacks.view import Reconstruction
-from gipip.data.datasets import Dataset, LabeledImages
-from gipip.evaluation.metrics import match, psnr, ssim
-from gipip.federation.client import Client
-from gipip.federation.models import build_model
-from gipip.priors.autoencoder import AnomalyScore
+import gipip
+from gipip.attacks.presets import tuned
+from gipip.data.datasets import load_images
+from gipip.errors import DataError
+from gipip.experiments.arms import EQUAL, defended
+from gipip.priors.base import Prior
 from gipip.progress import headless, quiet
 
-_ATTACKS = {"GIPIP": GIPIP, "Inverting Gradients": InvertingGradients, "DLG": DLG}
+_KINDS = (gipip.GIPIP, gipip.InvertingGradients, gipip.FeatureInversion, gipip.GIAS, gipip.DLG)
+_ATTACKS = [(kind.__name__, kind) for kind in _KINDS]
+_NOISE = [defended("noise", std) for std in (0.001, 0.01, 0.1)]
+_OTHERS = [defended("sparsity", 0.9), defended("Soteria", 0.5), defended("DP-SGD", 0.01)]
+_DEFENSES = [("none", ()), *((str(defense), (defense,)) for defense in (*_NOISE, *_OTHERS))]
+_MODELS = ["convnet", "convnet16", "resnet18", "lenet"]
+_GENERATORS = {"cifar10": "cifar10-3.8%"}  # of other data sets they are called as these are
+_SHOWN = ("private", "reconstruction", "cost")
+_WEIGHTS = ("tv_weight", "as_weight")
 _WIDTH, _HEIGHT = 400, 256  # of a picture at most, in pixels: two fit side by side
-_REFRESH = 0.25  # seconds between two pictures
-_DIGITS = [f"{digit}e{power}" for power in range(-6, 1) for digit in (1, 2, 3, 5)]
-_WEIGHTS = [("0", 0.0), *((text, float(text)) for text in _DIGITS)]
+_REFRESH = 0.5  # seconds between two pictures
 _labelled = {"style": {"description_width": "9em"}}
+_FOLDER = Path("results/explorer")
 
 
-def explore(data: Dataset, prior: AnomalyScore) -> ipywidgets.VBox | None:
+def explore(data: gipip.Dataset, prior: gipip.AnomalyScore) -> ipywidgets.VBox | None:
     """The panel of an `Explorer`, as the last expression of a cell; None, and a line that says so,
     when nobody is there to use it.
+
+    `data`: whose private images are attacked, unless pictures are uploaded. `prior`: for GI-PIP and
+    the features attack. The latter's decoder is trained on the auxiliary images of `data`; GIAS
+    takes the generator that ships for `data`.
     """
     if headless():
         print("The explorer is a live panel: it is built only when a person has the notebook open.")
@@ -47,88 +60,156 @@ def explore(data: Dataset, prior: AnomalyScore) -> ipywidgets.VBox | None:
 
 
 class Explorer:
-    """Controls, two pictures and a progress bar in `panel`; an attack runs in a thread, so that the
-    kernel stays usable.
+    """Controls, pictures, the cost's curve and a progress bar in `panel`; an attack runs in a
+    thread, so that the kernel stays usable.
 
-    The private images go to the client, to the picture beside the reconstruction, and to PSNR and
-    SSIM at the end; never to the attack.
+    The private images go to the client, to the picture beside the reconstruction, and to the
+    metrics at the end; never to the attack.
     """
 
-    def __init__(self, data: Dataset, prior: AnomalyScore):
+    def __init__(self, data: gipip.Dataset, prior: gipip.AnomalyScore):
         self.data, self.prior = data, prior
+        whose = partial(gipip.build_model, image_size=data.image_size, mean=data.mean, std=data.std)
+        self._model = cache(whose)
+        self._decoder = cache(lambda model: gipip.train_decoder(model, data.auxiliary(), steps=0))
         self.thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._shown = 0.0
         self._build()
-        self._show_truth()
+        self._draw()
+        self._weigh()
 
     # Widgets ------------------------------------------------------------------------
 
     def _build(self) -> None:
         sizes = [n for n in (1, 4, 8) if n <= len(self.data.private_pool.labels.unique())]
         choice = partial(ipywidgets.Dropdown, **_labelled)
-        weight = partial(ipywidgets.SelectionSlider, options=_WEIGHTS, **_labelled)
         self.seed = ipywidgets.IntSlider(0, 0, 31, description="private batch", **_labelled)
         self.batch_size = choice(options=sizes, description="batch size")
-        models = ["convnet", "resnet18", "lenet"]
-        self.model = choice(options=models, description="client's model")
+        self.pictures = ipywidgets.FileUpload(accept="image/*", multiple=True)
+        # More than 10 MB breaks Jupyter's connection, and the button with it.
+        self.pictures.description, self.pictures.layout.width = "or your own, below 10 MB", "300px"
+        self.model = choice(options=_MODELS, description="client's model")
+        self.defense = choice(options=_DEFENSES, description="client's defence")
         self.attack = choice(options=_ATTACKS, description="attack")
-        self.tv_weight = weight(value=3e-3, description="λ TV")
-        self.as_weight = weight(value=0.2, description="λ anomaly score")
-        number = partial(ipywidgets.BoundedIntText, min=1, max=10_000, **_labelled)
-        self.iterations = number(200, description="iterations")
+        number = {"min": 1, "max": 10_000, "description": "iterations", **_labelled}
+        self.iterations = ipywidgets.BoundedIntText(200, **number)
+        weight = partial(ipywidgets.BoundedFloatText, max=1e6, step=1e-3, **_labelled)
+        self.tv_weight, self.as_weight = weight(description="λ TV"), weight(description="λ AS")
+        self.origin = ipywidgets.HTML()
         self.start_button = ipywidgets.Button(description="Start", button_style="primary")
-        self.stop_button = ipywidgets.Button(description="Stop", disabled=True)
+        self.stop_button = ipywidgets.Button(description="Stop")
+        self.save_button = ipywidgets.Button(description="Save")
         self.bar = ipywidgets.IntProgress(layout={"width": "20em"})
-        self.status, self.message = ipywidgets.Label(), ipywidgets.HTML()
-        picture = partial(ipywidgets.Image, format="png", layout={"flex": "none"})
-        self.truth, self.reconstruction = picture(), picture()
-        choices = [self.seed, self.batch_size, self.model, self.attack]
-        self.controls = [*choices, self.tv_weight, self.as_weight, self.iterations]
-        self.panel = self._arrange()
+        self.message = ipywidgets.HTML()
+        image = partial(ipywidgets.Image, format="png", layout={"flex": "none"})
+        self.images = {name: image() for name in _SHOWN}
+        self._arrange()
+        self._connect()
+
+    def _arrange(self) -> None:
+        client = [self.seed, self.batch_size, self.pictures, self.model, self.defense]
+        attacker = [self.attack, self.iterations, self.tv_weight, self.as_weight]
+        self.controls = [*client, *attacker]
+        columns = ipywidgets.VBox(client), ipywidgets.VBox(attacker)
+        buttons = [self.start_button, self.stop_button, self.save_button, self.bar]
+        pictures = [ipywidgets.VBox([ipywidgets.Label(name), self.images[name]]) for name in _SHOWN]
+        row = partial(ipywidgets.HBox, layout={"flex_flow": "row wrap"})
+        parts = [row(columns), self.origin, row(buttons), self.message, row(pictures)]
+        self.panel = ipywidgets.VBox(parts)
+
+    def _connect(self) -> None:
         self.start_button.on_click(self.start)
         self.stop_button.on_click(self.stop)
-        self.seed.observe(self._show_truth, "value")
-        self.batch_size.observe(self._show_truth, "value")
-        self.attack.observe(self._offer_weights, "value")
+        self.save_button.on_click(self.save)
+        self.seed.observe(self._draw, "value")
+        self.batch_size.observe(self._draw, "value")
+        self.pictures.observe(self._read, "value")
+        for control in (self.batch_size, self.pictures, self.model, self.defense, self.attack):
+            control.observe(self._weigh, "value")
 
-    def _arrange(self) -> ipywidgets.VBox:
-        row = partial(ipywidgets.HBox, layout={"flex_flow": "row wrap"})
-        columns = [ipywidgets.VBox(self.controls[:4]), ipywidgets.VBox(self.controls[4:])]
-        buttons = [self.start_button, self.stop_button, self.bar, self.status]
-        private = ipywidgets.Label("private (the attack never sees it)")
-        recovered = ipywidgets.Label("reconstruction")
-        pictures = [
-            ipywidgets.VBox([private, self.truth]),
-            ipywidgets.VBox([recovered, self.reconstruction]),
-        ]
-        parts = [row(columns), ipywidgets.HBox(buttons), self.message, row(pictures)]
-        return ipywidgets.VBox(parts)
-
-    def _wait(self, running: bool) -> None:
-        """Only Stop can be used while an attack is running, and all but Stop otherwise."""
+    def _enable(self, running: bool = False) -> None:
+        """Only Stop can be used while an attack is running; otherwise all that has an effect."""
         for control in (*self.controls, self.start_button):
             control.disabled = running
+        for name in _WEIGHTS:
+            getattr(self, name).disabled = running or name not in self.attack.value.model_fields
         self.stop_button.disabled = not running
+        self.save_button.disabled = running or not self.record
 
-    def _offer_weights(self, *_) -> None:
-        """Disable the weights of terms that the chosen attack does not have."""
-        settings = self.attack.value.model_fields
-        self.tv_weight.disabled = "tv_weight" not in settings
-        self.as_weight.disabled = "as_weight" not in settings
+    # What is chosen -----------------------------------------------------------------
 
-    def _batch(self) -> LabeledImages:
-        return self.data.private(batch_size=self.batch_size.value, seed=self.seed.value)
+    def _draw(self, *_) -> None:
+        """The private images are a batch of the data set, and no uploaded pictures."""
+        self._take(self.data.private(self.batch_size.value, self.seed.value))
+        self.pictures.value = ()
 
-    def _show_truth(self, *_) -> None:
-        images = self._batch().images
-        self.truth.value = picture(images)
-        self.reconstruction.value = picture(torch.full_like(images, 0.9))
-        self.message.value = self.status.value = ""
+    def _read(self, *_) -> None:
+        """The private images are the uploaded pictures, if there are any."""
+        if uploads := self.pictures.value:
+            try:
+                self._take(_uploaded(uploads, self.data.image_size))
+            except DataError as error:
+                self._draw()
+                self._complain(error)
+
+    def _take(self, batch: gipip.LabeledImages) -> None:
+        self.batch = batch
+        self.images["private"].value = picture(batch.images)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Nothing is left of an earlier attack."""
+        self.record: dict[str, Any] = {}
+        self.images["reconstruction"].value = picture(torch.full_like(self.batch.images, 0.9))
+        self.images["cost"].value = curve({})
+        self.message.value = ""
         self.bar.value = 0
+        self._enable()
 
-    def _say(self, text: str, color: str = "inherit") -> None:
-        self.message.value = f'<span style="color: {color}">{html.escape(text)}</span>'
+    @property
+    def scenario(self) -> gipip.Scenario:
+        """What is attacked; the pictures themselves are not in it if they were uploaded."""
+        about = {"model": self.model.value, "seed": self.seed.value, "defenses": self.defense.value}
+        return gipip.Scenario(dataset=self.data.name, batch_size=len(self.batch), **about)
+
+    def _weigh(self, *_) -> None:
+        """Offer the weights that were tuned for what is chosen, else the attack's own."""
+        fields, settings = self.attack.value.model_fields, self._tuned()
+        for name in _WEIGHTS:
+            if name in fields:
+                getattr(self, name).value = settings.get(name, fields[name].default)
+        whose = "tuned" if settings else "the attack's own, because none were tuned"
+        self.origin.value = f"weights: {whose} for {self.scenario.condition}"
+        self._enable()
+
+    def _tuned(self) -> dict[str, float]:
+        """The attack's settings that were tuned for what is chosen, if any were."""
+        kind, condition = self.attack.value, self.scenario.condition
+        for arm in (kind.__name__, EQUAL) if kind is gipip.GIPIP else (kind.__name__,):
+            try:
+                return tuned(arm, condition)
+            except DataError:
+                continue
+        return {}
+
+    def chosen_attack(self, model: gipip.ClientModel) -> gipip.Attack:
+        """The attack on a client's model, with the settings of the controls that it has."""
+        kind = self.attack.value
+        chosen = {name: getattr(self, name).value for name in ("iterations", *_WEIGHTS)}
+        chosen["score"] = self.prior
+        if "prior" in kind.model_fields:
+            chosen["prior"] = self._prior(kind.model_fields["prior"].annotation, model)
+        settings = {name: chosen[name] for name in chosen if name in kind.model_fields}
+        return kind(**self._tuned() | settings)
+
+    def _prior(self, kind: type[Prior], model: gipip.ClientModel) -> Prior:
+        if kind is gipip.FeatureDecoder:
+            self._say("learning, from auxiliary images, to decode this network's features")
+            return self._decoder(model)
+        if kind is gipip.GenerativePrior:
+            return gipip.load_generator(_GENERATORS.get(self.data.name, self.data.name))
+        return self.prior
 
     # Running ------------------------------------------------------------------------
 
@@ -137,10 +218,9 @@ class Explorer:
         if self.thread and self.thread.is_alive():
             return
         self._stopping.clear()
-        self._wait(True)
-        self._show_truth()
+        self._clear()
+        self._enable(running=True)
         self.bar.max, self.bar.bar_style = self.iterations.value, ""
-        self._say("running")
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -151,55 +231,81 @@ class Explorer:
 
     def _run(self) -> None:
         try:
-            self._invert()
+            with quiet():
+                self._invert()
         except Exception as error:  # in a thread it would go unseen: it is shown in the panel
             self.bar.bar_style = "danger"
-            self._say(f"{type(error).__name__}: {error}", color="firebrick")
+            self._complain(error)
         finally:
-            self._wait(False)
-            self._offer_weights()
+            self._enable()
 
     def _invert(self) -> None:
-        data, batch = self.data, self._batch()
-        name, classes, size = self.model.value, data.num_classes, data.image_size
-        model = build_model(name, classes, image_size=size, mean=data.mean, std=data.std)
+        model = self._model(self.model.value, max(self.data.num_classes, len(self.batch)))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        update = Client(model).share(batch)
-        with quiet():
-            result = self.chosen_attack()(model, update, watch=self._watch, watch_every=1)
-        self._finish(result, batch)
-
-    def chosen_attack(self) -> Attack:
-        """The attack with the settings of the controls that it has."""
-        offered = {
-            "iterations": self.iterations.value,
-            "tv_weight": self.tv_weight.value,
-            "as_weight": self.as_weight.value,
-            "prior": self.prior,
-        }
-        kind = self.attack.value
-        return kind(**{name: offered[name] for name in offered if name in kind.model_fields})
+        update = gipip.Client(model).share(self.batch, defenses=self.defense.value)
+        attack = self.chosen_attack(model)
+        self._say("running")
+        self._costs: list[float] = []
+        self._finish(attack, attack(model, update, watch=self._watch, watch_every=1))
 
     def _watch(self, iteration: int, images: Tensor, cost: float) -> None:
         if self._stopping.is_set():
             raise StopIteration
+        self._costs.append(cost)
         if time.monotonic() - self._shown >= _REFRESH:
             self._shown = time.monotonic()
-            self.reconstruction.value = picture(images)
-            self._tell(iteration, cost)
+            self._show(iteration, cost, images, {"cost": self._costs})
 
-    def _tell(self, done: int, cost: float, more: str = "") -> None:
+    def _show(self, done: int, cost: float, images: Tensor, history: Mapping) -> None:
         self.bar.value = done
-        self.status.value = f"{done} of {self.bar.max} iterations, cost {cost:.4g}{more}"
+        self._say(f"{done} iterations, cost {cost:.4g}")
+        self.images["reconstruction"].value = picture(images)
+        self.images["cost"].value = curve(history)
 
-    def _finish(self, result: Reconstruction, batch: LabeledImages) -> None:
-        images, truth = result.images[match(result.images, batch.images)], batch.images
-        self.reconstruction.value = picture(images)
-        self.bar.bar_style = "warning" if result.notes else "success"
+    def _finish(self, attack: gipip.Attack, result: gipip.Reconstruction) -> None:
+        quality = gipip.evaluate(result, self.batch)
+        images = result.images[quality["matched"].tolist()]
         done = len(next(iter(result.history.values()))) - 1
-        self._tell(done, result.cost, f", {result.seconds:.0f} s")
-        quality = f"PSNR {psnr(images, truth).mean():.2f} dB, SSIM {ssim(images, truth).mean():.3f}"
-        self._say("; ".join([quality + " (mean)" * (len(batch) > 1), *result.notes]))
+        self._show(done, result.cost, images, result.history)
+        self.bar.bar_style = "warning" if result.notes else "success"
+        means = "PSNR {psnr:.2f} dB, SSIM {ssim:.3f}, LPIPS {lpips:.3f}".format(**quality.mean())
+        ran = f"{done} iterations in {result.seconds:.0f} s, cost {result.cost:.4g}"
+        self._say("; ".join([means + " (means)" * (len(images) > 1), ran, *result.notes]))
+        self.record = gipip.Run("explorer", self.scenario, attack).config() | {
+            "pictures": [upload["name"] for upload in self.pictures.value],
+            "assumptions": result.assumptions,
+            "notes": result.notes,
+            "quality": quality.to_dict("records"),
+        }
+
+    def save(self, *_) -> None:
+        """Write the pictures, and configuration and quality as result.json, to a folder of their
+        own, which the message names.
+        """
+        folder = _FOLDER.resolve() / time.strftime("%Y-%m-%d_%H-%M-%S")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, image in self.images.items():
+                (folder / f"{name}.png").write_bytes(image.value)
+            (folder / "result.json").write_text(json.dumps(self.record, indent=2))
+            self._say(f"saved in {folder}")
+        except OSError as error:
+            self._complain(error)
+
+    def _say(self, text: str, color: str = "inherit") -> None:
+        self.message.value = f'<span style="color: {color}">{html.escape(text)}</span>'
+
+    def _complain(self, error: Exception) -> None:
+        self._say(f"{type(error).__name__}: {error}", "var(--jp-error-color1, firebrick)")
+
+
+def _uploaded(uploads: Sequence[Mapping[str, Any]], size: int) -> gipip.LabeledImages:
+    """The pictures that a FileUpload holds, as one client's batch; DataError for what is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, Path(upload["name"]).name) for upload in uploads]
+        for path, upload in zip(paths, uploads, strict=True):
+            path.write_bytes(upload["content"])
+        return load_images(paths, size)
 
 
 def picture(images: Float[Tensor, "batch 3 height width"]) -> bytes:
@@ -214,4 +320,18 @@ def picture(images: Float[Tensor, "batch 3 height width"]) -> bytes:
     file = io.BytesIO()
     grid = make_grid(enlarged, nrow=columns, padding=2, pad_value=1.0)
     to_pil_image(grid).save(file, format="PNG")
+    return file.getvalue()
+
+
+def curve(history: Mapping[str, Sequence[float] | Tensor]) -> bytes:
+    """Each term of the cost over the iterations, on a logarithmic axis, as a PNG of 400 × 256."""
+    figure = Figure(figsize=(4, 2.56), layout="constrained")  # not pyplot's: for any thread
+    axes = figure.subplots()
+    axes.set(xlabel="iteration", ylabel="weighted cost", yscale="log")
+    for term, values in history.items():
+        axes.plot(values, label=term)
+    if history:
+        axes.legend(fontsize="small")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
     return file.getvalue()

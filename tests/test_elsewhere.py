@@ -256,7 +256,8 @@ def test_weights_before_and_after_give_the_update_of_local_training(network, bat
     assert (update.mode, update.fedavg) == (mode, fedavg)
     torch.testing.assert_close(update.gradients, expected.gradients, rtol=1e-4, atol=1e-6)
     attack = gipip.InvertingGradients(iterations=2)
-    assert "3 steps" in attack(model, update).assumptions["local training"]
+    assumed = attack.assumptions(update)["local training"]
+    assert assumed == "3 steps, each on all images"
 
 
 def test_an_unknown_order_of_mini_batches_matters_only_to_second_order(network, batch):

@@ -24,7 +24,7 @@ from gipip.attacks.loop import Course, Observer, Terms, Variables, minimise
 from gipip.attacks.observers import Progress, Watch
 from gipip.attacks.presets import tuned
 from gipip.attacks.view import Reconstruction, View
-from gipip.federation.client import SharedUpdate
+from gipip.federation.client import FedAvg, SharedUpdate
 from gipip.federation.models import ClientModel, Images
 
 _EXACT_ATTENTION = SDPBackend.MATH  # the only one with a second derivative
@@ -32,7 +32,7 @@ _INFERRED_LABEL = "inferred from the last layer (iDLG)"
 _INFERRED_COUNTS = "counts inferred from the last layer's bias"
 _RUNNING = "eval mode: running statistics, known with the model"
 _OF_THE_CANDIDATES = "train mode: statistics of the candidate batch"
-_FEDSGD, _LOCAL = "none (FedSGD)", "{} steps, mini-batches in a known order"
+_FEDSGD = "none (FedSGD)"
 
 ATTACKS: dict[str, type["Attack"]] = {}
 """All attacks by name: a class that gives itself one is found by the command line and the tests."""
@@ -125,7 +125,7 @@ class Attack(BaseModel):
         return {
             "labels": inferred if update.labels is None else "given",
             "BatchNorm": _RUNNING if update.mode == "eval" else _OF_THE_CANDIDATES,
-            "local training": _LOCAL.format(update.fedavg.steps) if update.fedavg else _FEDSGD,
+            "local training": _about_steps(update.fedavg) if update.fedavg else _FEDSGD,
             "defence": ", then ".join(update.defenses) or "none",
             "auxiliary data": _about(self.prior) if hasattr(self, "prior") else "none",
         }
@@ -238,6 +238,11 @@ class Attack(BaseModel):
             interrupted=courses[-1].stopped,
             notes=(*notes, *view.gradients.notes),
         )
+
+
+def _about_steps(fedavg: FedAvg) -> str:
+    which = "mini-batches in a known order" if fedavg.batch_size else "each on all images"
+    return f"{fedavg.steps} steps, {which}"
 
 
 def _about(prior) -> str:

@@ -22,17 +22,10 @@ from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
-from gipip.attacks.labels import infer_labels
+from gipip.attacks.labels import infer_labels, logit_gradients
 from gipip.errors import UpdateError
 from gipip.federation.client import FedAvg, SharedUpdate
-from gipip.federation.models import (
-    ClientModel,
-    Mode,
-    class_gradient,
-    class_logits,
-    in_mode,
-    last_linear,
-)
+from gipip.federation.models import ClientModel, Mode, class_logits, in_mode, last_linear
 
 ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
 _FLOAT32 = 1e-7
@@ -107,7 +100,8 @@ def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
     with np.errstate(all="ignore"):  # a start may lead nowhere
         found = span.solved(labels_known=update.labels is not None)
         if fedavg.steps > 1 and found.residual > _STEADY:
-            return replace(span, fedavg=FedAvg()).solved(labels_known=update.labels is not None)
+            found = replace(span, fedavg=FedAvg()).solved(labels_known=update.labels is not None)
+            return replace(found, status="approximate")
     if fedavg.steps == 1:
         return found
     drift, variance = _drift(model, update, fedavg)
@@ -151,8 +145,8 @@ def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]
     name, _ = last_linear(model, probe.to(next(model.parameters())))
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    gradients = dict(zip(update.parameter_names, update.gradients, strict=True))
-    gradient = class_gradient(gradients.get(f"{name}.weight"))
+    gradients = logit_gradients(update, name)
+    gradient = gradients.get("weight")
     if gradient is None or not gradient.any():
         raise UpdateError(
             f"The update holds no gradient of {name}.weight, from which features are recovered: "
@@ -161,8 +155,7 @@ def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]
     missing = torch.zeros(len(gradient))
     bias = missing if layer.bias is None else class_logits(layer.bias[None])[0]
     weight = class_logits(layer.weight.T).T
-    bias_gradient = class_gradient(gradients.get(f"{name}.bias", missing))
-    tensors = (weight, bias, gradient, bias_gradient)
+    tensors = (weight, bias, gradient, gradients.get("bias", missing))
     return tuple(tensor.detach().cpu().double().numpy() for tensor in tensors)
 
 

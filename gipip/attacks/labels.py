@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gipip.errors import LabelError
 from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel, class_gradient, class_logits, in_mode, last_linear
+from gipip.federation.models import ClientModel, class_logits, in_mode, last_linear
 
 _PROBES = 64
 
@@ -34,8 +34,8 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
     noise = torch.rand(_PROBES, *update.image_shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(next(model.parameters()))
     layer, _ = last_linear(model, noise[:4])
-    gradients = dict(zip(update.parameter_names, update.gradients, strict=True))
-    bias, weight = (class_gradient(gradients.get(f"{layer}.{kind}")) for kind in ("bias", "weight"))
+    gradients = logit_gradients(update, layer)
+    bias, weight = gradients.get("bias"), gradients.get("weight")
     if update.batch_size == 1 and bias is not None:
         return bias.argmin().view(1)
     if update.batch_size == 1 and weight is not None:
@@ -49,6 +49,19 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
     share = model.label_smoothing
     counts = (prediction - bias - share / len(bias)) / (1 - share)
     return _round_to_total(update.batch_size * counts, update.batch_size)
+
+
+def logit_gradients(update: SharedUpdate, layer: str) -> dict[str, Tensor]:
+    """What the update holds of "weight" and "bias" of the layer that gives the logits, a row
+    for each class: (−g, g) where there is one logit for two.
+    """
+    shared = dict(zip(update.parameter_names, update.gradients, strict=True))
+    held = {kind: shared.get(f"{layer}.{kind}") for kind in ("weight", "bias")}
+    return {
+        kind: gradient if len(gradient) > 1 else torch.cat([-gradient, gradient])
+        for kind, gradient in held.items()
+        if gradient is not None
+    }
 
 
 def _round_to_total(counts: Float[Tensor, "classes"], total: int) -> Int[Tensor, "total"]:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gipip.errors import ModelError
+
 Variables = dict[str, Tensor]
 Terms = dict[str, Float[Tensor, ""]]
 Step = Callable[[], Terms]
@@ -149,8 +151,21 @@ def _evaluate(
     """The terms of the current cost; the variables receive its gradient, and the best are kept."""
     values = terms(course.variables)
     variables = list(course.variables.values())
-    gradients = torch.autograd.grad(total(values), variables)
+    gradients = _derivative(total(values), variables)
     for variable, gradient in zip(variables, gradients, strict=True):
         variable.grad = direction(gradient).contiguous()
     course.keep_if_best(total(values))
     return {name: value.detach() for name, value in values.items()}
+
+
+def _derivative(cost: Float[Tensor, ""], variables: list[Tensor]) -> tuple[Tensor, ...]:
+    """Raises ModelError where the client's gradient has none."""
+    try:
+        return torch.autograd.grad(cost, variables)
+    except RuntimeError as error:
+        if "derivative for" not in str(error):
+            raise
+        raise ModelError(
+            f"The network cannot be attacked: its gradient has no derivative in PyTorch ({error}). "
+            "Leave the engine to 'auto', or put a layer that computes the same in its place."
+        ) from error

@@ -19,7 +19,7 @@ from gipip.federation.models import Images
 from gipip.files import read_tensors, shipped
 from gipip.priors.base import validated
 
-Image = Float[Tensor, "3 height width"]
+Image = Float[Tensor, "channels height width"]
 PerImage = Float[Tensor, "batch"]
 
 REFERENCES = ("mean image", "mean colour", "4×4 thumbnail", "8×8 thumbnail")

@@ -13,12 +13,15 @@ A *condition* is what weights are tuned for (`Scenario.condition`).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pandas
 
 from gipip.attacks.base import Attack
+from gipip.attacks.feature_inversion import FeatureInversion
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
+from gipip.data.datasets import load_dataset
 from gipip.evaluation.published import published_psnr
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
 from gipip.experiments.claims import Comparison
@@ -28,6 +31,7 @@ from gipip.experiments.shares import gradient_shares
 from gipip.experiments.sweep import shipped_results
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
 from gipip.priors.autoencoder import AnomalyScore, load_prior
+from gipip.priors.decoder import train_decoder
 
 SEEDS = 3
 """Of clients and priors, over which units vary."""
@@ -94,6 +98,26 @@ def equal_tv(scenarios: Iterable[Scenario], priors: Sequence[AnomalyScore], **ch
     for scenario in scenarios:
         todo += runs([scenario], with_and_without(scenario.condition, priors, **changes))
     return todo
+
+
+def from_features(
+    scenarios: Sequence[Scenario], scores: Sequence[AnomalyScore], iterations: int, **training
+) -> dict[str, Arm]:
+    """The features attack on scenarios of one condition: "decoded" alone, "refined", and "refined,
+    with AS", the anomaly score of the same seed. Each client model gets its own decoder.
+
+    `training`: settings of `train_decoder`. Under a defence, only entries that are not zero are
+    matched.
+    """
+    refined, scored = [], []
+    for scenario, score in zip(scenarios[:SEEDS], scores, strict=False):
+        client, auxiliary = scenario.client_model(), load_dataset(scenario.dataset).auxiliary()
+        decoder = train_decoder(client, auxiliary, mode=scenario.mode, **training)
+        about: dict[str, Any] = {"iterations": iterations, "masked": bool(scenario.defenses)}
+        refined.append(FeatureInversion(prior=decoder, **about))
+        scored.append(FeatureInversion(prior=decoder, score=score, **about))
+    decoded = [attack.model_copy(update={"iterations": 0}) for attack in refined]
+    return {"decoded": decoded, "refined": refined, "refined, with AS": scored}
 
 
 def defended(kind: str, strength: float) -> Defense:

@@ -97,12 +97,6 @@ def class_logits(logits: Float[Tensor, "batch logits"]) -> Float[Tensor, "batch 
     return logits if logits.shape[1] > 1 else nn.functional.pad(logits, (1, 0))
 
 
-def class_gradient(gradient: Tensor | None) -> Tensor | None:
-    """Of the layer that gives the logits, a row for each class: (−g, g) where it gives one."""
-    one = gradient is not None and len(gradient) == 1
-    return torch.cat([-gradient, gradient]) if one else gradient
-
-
 def prepared(model: ClientModel, batch: LabeledImages) -> tuple[Images, Int[Tensor, "batch"]]:
     """What the network is trained on: the batch's images, normalised, in the type and on
     the device of the model, and the labels there.
@@ -280,10 +274,9 @@ def count_classes(model: ClientModel, batch: LabeledImages) -> int:
     """
     check_client_model(model)
     try:
-        inputs = prepared(model, batch)[0]
-        if inputs.shape != batch.pixels.shape:
+        if len(model.normalize.mean) not in (1, batch.pixels.shape[1]):
             raise ValueError(f"mean and std are of {len(model.normalize.mean)} channels")
-        logits = copy.deepcopy(model.network)(inputs)
+        logits = copy.deepcopy(model.network)(prepared(model, batch)[0])
     except Exception as error:  # the network may be anybody's code
         shape = tuple(batch.pixels.shape)
         raise ModelError(

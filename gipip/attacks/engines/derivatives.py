@@ -116,6 +116,18 @@ def max_pool_backward(output_gradient, inputs, *options):
     return _aten.max_pool2d_with_indices_backward(output_gradient, inputs.detach(), *options)
 
 
+# What PyTorch's kernels do, in operations that have a derivative.
+
+
+def hardsigmoid_backward(output_gradient, inputs):
+    return torch.where((inputs > -3) & (inputs < 3), output_gradient / 6, 0)
+
+
+def silu_backward(output_gradient, inputs):
+    gate = inputs.sigmoid()
+    return output_gradient * gate * (1 + inputs * (1 - gate))
+
+
 # A recording says how a tensor lay in memory, which need not be how it lies when the
 # recording runs.
 
@@ -133,6 +145,8 @@ INSTEAD = {
     _aten.native_batch_norm_backward.default: batch_norm_backward,
     _aten.threshold_backward.default: relu_backward,
     _aten.max_pool2d_with_indices_backward.default: max_pool_backward,
+    _aten.hardsigmoid_backward.default: hardsigmoid_backward,
+    _aten.silu_backward.default: silu_backward,
     _aten.view.default: _reshape,
     _aten._reshape_alias.default: _reshape,
     _aten.as_strided.default: _as_strided,

@@ -28,7 +28,7 @@ from gipip.federation.models import ClientModel
 
 _aten = torch.ops.aten
 _RECORDINGS: dict[Hashable, GraphModule] = {}
-_NO_DERIVATIVE = _aten.native_group_norm_backward.default
+_NO_DERIVATIVE = {_aten.native_group_norm_backward.default, _aten.mish_backward.default}
 _KEPT = 16  # recordings, each a list of operations without weights
 _TOLERANCE = 1e-2  # of the gradient's norm: rounding moves it by far less, another function by more
 
@@ -92,7 +92,7 @@ class Traced(ClientGradient):
         """`local_update` for any images, labels, parameters and all else that the network holds.
 
         Of the kernels that PyTorch takes for a first derivative, unless one of them has no
-        derivative itself (group normalisation's): then of those it takes for a second.
+        derivative itself (such as group normalisation's): then of those it takes for a second.
         """
 
         def update(images: Tensor, labels: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ class Traced(ClientGradient):
             recording = make_fx(update)(*plain)
         except Exception as error:  # a network may do anything in its forward pass
             raise _NotRecorded(f"the network cannot be recorded ({error})") from error
-        if any(node.target is _NO_DERIVATIVE for node in recording.graph.nodes):
+        if any(node.target in _NO_DERIVATIVE for node in recording.graph.nodes):
             return self._record(images, labels, create_graph=True)
         return _rewritten(recording)
 
