@@ -1,6 +1,6 @@
 """In how many batches the features of every image are recovered from the last layer's gradient.
 
-    python benchmarks/features.py                        # about four minutes on one core
+    python benchmarks/features.py                        # about eight minutes on one core
     python benchmarks/features.py --batches 2            # a try
     python benchmarks/features.py --photographs imagenet64-…  # 256 of them too: a data set of
                                                               # gipip.prepare_imagenet
