@@ -73,11 +73,32 @@ def test_convolutions_lower_the_error_on_held_out_images(data, model):
     assert validation[-1] <= validation[0]
 
 
-def test_uncertain_features_become_the_mean_image(data, model, decoder):
-    own = features(model, data.tuning(2, seed=0).images)
-    sure, lost = decoder(own, torch.tensor([0.0, torch.inf]))
-    assert torch.allclose(sure, decoder(own)[0], atol=1e-6)
-    assert torch.allclose(lost, decoder(decoder.decoder.centre[None])[0], atol=1e-6)
+def test_features_known_for_sure_stay_and_lost_ones_become_the_mean(data, model, decoder):
+    own = features(model, data.tuning(2, seed=0).images).double()
+    covariance = torch.tensor([0.0, 1e9]).diag().double()
+    expected, trust = decoder.expected(own, covariance, torch.ones(576, dtype=torch.bool))
+    assert torch.allclose(expected[0], own[0], atol=1e-4)
+    assert torch.allclose(expected[1], decoder.decoder.centre.double(), atol=1e-6)
+    assert torch.allclose(trust, torch.tensor([1.0, 0.0]).double(), atol=1e-3)
+
+
+def test_expected_features_are_those_of_a_normal_distribution(data):
+    """Against Gaussian conditioning on all features of both images at once."""
+    network = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10))
+    model = gipip.client_model(network, (0.5,) * 3, (0.25,) * 3)
+    decoder = gipip.train_decoder(model, data.auxiliary()[:500], steps=0, copies=1)
+    own = features(model, data.tuning(2, seed=0).images).double()
+    covariance = torch.tensor([[0.05, 0.03], [0.03, 0.04]]).double()
+    known = torch.arange(48) % 4 > 0
+    expected, trust = decoder.expected(own, covariance, known)
+    prior = torch.kron(torch.eye(2), decoder.decoder.covariance).double()
+    noise = torch.kron(covariance, torch.eye(36).double())
+    seen = known.repeat(2)
+    gain = torch.linalg.solve(prior[seen][:, seen] + noise, prior[seen]).T
+    away = (own - decoder.decoder.centre).flatten()[seen]
+    assert torch.allclose(expected, decoder.decoder.centre + (gain @ away).view(2, 48), atol=1e-6)
+    explained = (gain @ prior[seen]).diagonal().view(2, 48).sum(dim=1)
+    assert torch.allclose(trust, explained / decoder.decoder.variance, atol=1e-5)
 
 
 def test_a_saved_decoder_is_the_same_and_belongs_to_one_model(data, model, decoder, tmp_path):

@@ -53,14 +53,14 @@ class FeatureInversion(InvertingGradients):
 
     def attempt(self, view: View, restart: int, observers: list[Observer]) -> Course:
         found = recovered(view.model, view.update)
-        features, errors = found.features.to(view.target[0]), found.errors.to(view.target[0])
-        decoder = view.place(self.prior)
+        expected = self.prior.expected(found.features, found.covariance, found.known)
+        features, trust = (part.to(view.target[0]) for part in expected)
         view.labels = found.labels.to(view.target[0].device)
         view.apart = view.last_linear if found.status == "exact" else ""
         view.start = {
-            "images": view.model.normalize(decoder(features, errors)),
-            "features": features.nan_to_num(),
-            "trust": decoder.trust(features, errors),
+            "images": view.model.normalize(view.place(self.prior)(features)),
+            "features": features,
+            "trust": trust,
         }
         return super().attempt(view, restart, observers)
 

@@ -10,6 +10,7 @@ Cocktail Party Attack (Kariyappa et al., ICML 2023: independent components) and 
 al., NeurIPS 2024: zeros of ReLU); here the softmax is used as well, and says what is right.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,21 +18,23 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Bool, Float64, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
 from gipip.attacks.labels import infer_labels, logit_gradients
 from gipip.errors import UpdateError
-from gipip.federation.client import SharedUpdate
-from gipip.federation.models import ClientModel, class_logits, in_mode, last_linear
+from gipip.federation.client import FedAvg, SharedUpdate
+from gipip.federation.models import ClientModel, Mode, class_logits, in_mode, last_linear
 
 ROUNDING = 5e-6  # benchmarks/features.py: residuals of true features in float32 are below
 _FLOAT32 = 1e-7
 _PRECISE = 0.01  # the relative error up to which an image's features count as recovered
+_STEADY = 0.05  # the residual from which features change too much in local steps to simulate these
 _ITERATIONS = 60
 _SUBSETS = 2000
-_COMPLETIONS = 10
+_COMPLETIONS = 50
+_DOUBT = 0.1  # weight of an estimated entry of the gradient, beside 1 of a shared one
 _LARGEST_JACOBIAN = 5_000_000  # entries
 
 
@@ -41,18 +44,27 @@ class RecoveredFeatures:
 
     `features`: what entered the last linear layer, `logits`: what left it. `residual`: by how much
     the gradient that these features would have caused differs from the shared one, relative to it.
-    `errors`: the relative error of each image's features to expect from the residual and from
-    float32's rounding; large where an image adds next to nothing to the gradient, as one that a
-    trained client is sure of. `status`: "exact" when the residual is no more than rounding and each
-    image is told apart from the others (errors below 1 %), else "approximate".
+    `covariance`: between the images, of the errors of a feature that the residual, rounding, noise
+    or local steps let expect. `known`: which features the update tells of at all; the others, which
+    a client has pruned, are 0. `status`: "exact" when the residual is no more than rounding and
+    each image is told apart from the others (`errors` below 1 %), else "approximate".
     """
 
     features: Float64[Tensor, "batch features"]
     logits: Float64[Tensor, "batch classes"]
     labels: Int[Tensor, "batch"]
     residual: float
-    errors: Float64[Tensor, "batch"]
+    covariance: Float64[Tensor, "batch batch"]
+    known: Bool[Tensor, "features"]
     status: Literal["exact", "approximate"]
+
+    @property
+    def errors(self) -> Float64[Tensor, "batch"]:
+        """The relative error to expect of each image's features; large where an image adds next to
+        nothing to the gradient, as one that a trained client is sure of.
+        """
+        variances = self.covariance.diagonal() * self.features.shape[1]
+        return variances.sqrt() / self.features.norm(dim=1)
 
 
 def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
@@ -60,7 +72,10 @@ def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatu
 
     First by a fixed-point iteration from uniform predictions, then by Levenberg–Marquardt from
     several starts. The gradient's scale is taken as unknown, so clipping does no harm. Missing
-    labels are inferred. Noise, missing entries and local steps leave an approximation.
+    labels are inferred. The rest is approximate: noise, whose strength follows from what exceeds
+    rank B, leaves the least-squares solution; missing entries are estimated with the features; of
+    local steps those of the last layer are simulated, and the drift of features is deducted; of
+    features that Soteria pruned, the logits' mean is known from the bias gradient.
 
     Raises UpdateError when nothing can be recovered: as many images as classes or more, or a last
     layer that is frozen or shares only zeros; ModelError when the last layer is not linear.
@@ -80,9 +95,47 @@ def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
             "classes."
         )
     labels = infer_labels(model, update) if update.labels is None else update.labels
-    span = _Span(weight, bias, gradient, bias_gradient, labels.cpu().numpy())
+    fedavg = update.fedavg or FedAvg()
+    span = _Span(weight, bias, gradient, bias_gradient, labels.cpu().numpy(), fedavg)
     with np.errstate(all="ignore"):  # a start may lead nowhere
-        return span.solved(labels_known=update.labels is not None)
+        found = span.solved(labels_known=update.labels is not None)
+        if fedavg.steps > 1 and found.residual > _STEADY:
+            found = replace(span, fedavg=FedAvg()).solved(labels_known=update.labels is not None)
+            return replace(found, status="approximate")
+    if fedavg.steps == 1:
+        return found
+    drift, variance = _drift(model, update, fedavg)
+    features = found.features - drift
+    logits = features @ torch.from_numpy(weight.T) + torch.from_numpy(bias)
+    covariance = found.covariance + variance.diag()
+    return replace(found, features=features, logits=logits, covariance=covariance)
+
+
+def _drift(model: ClientModel, update: SharedUpdate, fedavg: FedAvg) -> tuple[Tensor, Tensor]:
+    """By how much local training has moved each image's features when they were used (B × D), and
+    the variance of that: as it moves those of random patches of colour in the model half-way.
+    """
+    steps, images = range(fedavg.steps), torch.arange(update.batch_size)
+    used = torch.stack(
+        [torch.isin(images, images[fedavg.rows(step, len(images))]) for step in steps]
+    )
+    times = used.double().T @ torch.arange(fedavg.steps).double() / used.sum(dim=0).clamp(min=1)
+    half = copy.deepcopy(model)
+    parameters, way = dict(half.named_parameters()), (fedavg.steps - 1) / 2
+    for name, gradient in zip(update.parameter_names, update.gradients, strict=True):
+        parameters[name].sub_(gradient, alpha=fedavg.learning_rate * way)
+    channels, *size = update.image_shape
+    patches = torch.rand(64, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    patches = nn.functional.interpolate(patches, size, mode="bilinear")
+    before, after = (_entering_last(each, patches, update.mode) for each in (model, half))
+    drift = (after - before) / way
+    return times[:, None] * drift.mean(dim=0), times**2 * drift.var(dim=0).mean()
+
+
+def _entering_last(model: ClientModel, images: Tensor, mode: Mode) -> Tensor:
+    model = in_mode(model, mode)
+    inputs = model.normalize(images.to(next(model.parameters())))
+    return last_linear(model.network, inputs)[1].cpu().double()
 
 
 def _last_layer(model: ClientModel, update: SharedUpdate) -> tuple[ndarray, ...]:
@@ -126,7 +179,9 @@ class _Span:
     gradient: ndarray
     bias_gradient: ndarray
     labels: ndarray
+    fedavg: FedAvg = FedAvg()
     any_scale: bool = False
+    pruned: bool = False
 
     @cached_property
     def biased(self) -> bool:
@@ -134,14 +189,30 @@ class _Span:
         return bool(self.bias_gradient.any())
 
     @cached_property
-    def scale(self) -> ndarray:
+    def rounding(self) -> ndarray:
         rows = np.linalg.norm(self.gradient, axis=1)
         feature_norm = rows.max() * len(self.labels)
         if self.biased:
             feature_norm = np.linalg.norm(self.gradient) / np.linalg.norm(self.bias_gradient)
         is_label = np.isin(np.arange(len(rows)), self.labels)
         scale = rows + is_label * feature_norm / len(self.labels)
-        scale = np.maximum(scale, 1e-9 * scale.max())
+        return np.maximum(scale, 1e-9 * scale.max())
+
+    @cached_property
+    def noise(self) -> float:
+        """Standard deviation of each entry of G_W, as what exceeds rank B tells; 0 if rounding."""
+        size, features = len(self.labels), self.gradient.any(axis=0).sum()
+        scaled = self.gradient / self.rounding[:, None]
+        values = np.linalg.svd(scaled, compute_uv=False)
+        if np.linalg.norm(values[size:]) < ROUNDING * np.linalg.norm(values):
+            return 0.0
+        values = np.linalg.svd(self.gradient, compute_uv=False)[size:]
+        return float(np.linalg.norm(values) / np.sqrt(len(values) * max(features - size, 1)))
+
+    @cached_property
+    def scale(self) -> ndarray:
+        rows = np.linalg.norm(self.gradient, axis=1)
+        scale = self.rounding + self.noise * np.sqrt(self.gradient.shape[1]) / _FLOAT32
         return scale * np.linalg.norm(rows / scale)
 
     @cached_property
@@ -164,15 +235,35 @@ class _Span:
 
     @cached_property
     def bias_weight(self) -> float:
-        return 1 / float(np.linalg.norm(self.scaled_bias)) if self.biased else 0.0
+        if not self.biased or self.noise:
+            return float(self.biased)
+        return 1 / float(np.linalg.norm(self.scaled_bias))
 
     def logits(self, matrix: ndarray) -> ndarray:
         return matrix @ self.logits_span + self.bias
 
-    def wrongness(self, predictions: ndarray) -> ndarray:
-        """Ẽ, of predictions P."""
-        wrong = predictions - np.eye(len(self.bias))[self.labels]
-        return wrong / self.scale / len(self.labels)
+    def wrongness(self, logits: ndarray, gram: ndarray) -> ndarray:
+        """Ẽ, its mean over the client's local steps, of logits before the first one. Each step
+        moves the layer, and so the logits, by HHᵀ + 11ᵀ (`gram`) times E.
+        """
+        size, total = len(self.labels), np.zeros_like(logits)
+        for step in range(self.fedavg.steps):
+            rows = self.fedavg.rows(step, size)
+            wrong = np.zeros_like(logits)
+            wrong[rows] = softmax(logits[rows]) - np.eye(len(self.bias))[self.labels[rows]]
+            wrong /= len(wrong[rows])
+            logits = logits - self.fedavg.learning_rate * (gram @ wrong)
+            total += wrong
+        return total / self.fedavg.steps / self.scale
+
+    def wrongness_of(self, matrix: ndarray) -> ndarray:
+        logits = self.logits(matrix)
+        if self.pruned:
+            mean = self.bias_gradient + np.eye(len(self.bias))[self.labels].mean(axis=0)
+            for _ in range(20):
+                logits = logits + np.log(np.maximum(mean, 1e-6) / softmax(logits).mean(axis=0))
+        features = matrix * self.factors[1]
+        return self.wrongness(logits, features @ features.T + self.biased)
 
     def unpacked(self, unknowns: ndarray) -> tuple[ndarray, float]:
         """M and t."""
@@ -182,7 +273,7 @@ class _Span:
     def residuals(self, unknowns: ndarray) -> ndarray:
         """Of both equations, the first times Σ: the gradient's, in an orthonormal basis."""
         matrix, t = self.unpacked(unknowns)
-        wrong = t * self.wrongness(softmax(self.logits(matrix)))
+        wrong = t * self.wrongness_of(matrix)
         left, values, _ = self.factors
         weights = (wrong.T @ matrix - left) * values
         biases = self.bias_weight * (wrong.sum(axis=0) - self.scaled_bias)
@@ -194,7 +285,7 @@ class _Span:
         matrix, t = self.unpacked(unknowns)
         size = len(matrix)
         predictions = softmax(self.logits(matrix))
-        wrong = t * self.wrongness(predictions)
+        wrong = t * self.wrongness_of(matrix)
         centred = self.logits_span.T - (predictions @ self.logits_span.T)[:, None]
         slopes = t * predictions[:, :, None] * centred / self.scale[:, None] / size  # ∂Ẽ_ic/∂M_ik
         weights = np.einsum("ick,il->clik", slopes, matrix)
@@ -214,15 +305,14 @@ class _Span:
     def iterated(self) -> ndarray:
         """The fixed point of P → M = (t·Ẽᵀ)⁺U → P, from uniform P."""
         classes, size = len(self.bias), len(self.labels)
-        predictions, t = np.full((size, classes), 1 / classes), 1.0
+        wrong, t = self.wrongness(np.zeros((size, classes)), np.zeros((size, size))), 1.0
         for _ in range(_ITERATIONS):
-            wrong, before = self.wrongness(predictions), predictions
             if self.any_scale and self.biased:
                 total = wrong.sum(axis=0)
                 t = np.clip(total @ self.scaled_bias / max(total @ total, 1e-300), 1e-9, 1e9)
             matrix = np.linalg.lstsq(t * wrong.T, self.factors[0])[0]
-            predictions = softmax(self.logits(matrix))
-            if not np.abs(predictions - before).max() >= 1e-13:  # or not a number
+            before, wrong = wrong, self.wrongness_of(matrix)
+            if not np.abs((wrong - before) * self.scale).max() >= 1e-13:  # or not a number
                 break
         return np.append(matrix, np.log(t))
 
@@ -295,12 +385,11 @@ class _Span:
     def solved(self, labels_known: bool) -> RecoveredFeatures:
         """The first solution whose residual is rounding, else that of the lowest residual."""
         if self.sparsified:
-            completed = self.completed()
-            return completed.result(completed.iterated())
+            return self.completed()
         tried = []
         for span, start in self.starts(labels_known):
             tried.append(span.result(span.polished(start)))
-            if tried[-1].residual < ROUNDING:
+            if tried[-1].residual < self.tolerance:
                 break
         return min(tried, key=lambda found: found.residual)
 
@@ -308,6 +397,8 @@ class _Span:
         """The spans and starts to try: first with the scale as it is, then with any."""
         for span in (self, replace(self, any_scale=True)):
             yield span, span.iterated()
+            if self.biased and not self.gradient.any(axis=0).all():
+                yield (pruned := replace(span, pruned=True)), pruned.iterated()
             if self.biased:
                 yield span, span.class_rows()
             if self.biased and self.small:
@@ -319,14 +410,14 @@ class _Span:
         """The minimum of the residuals' squares near a start, by Levenberg–Marquardt; the start
         itself where there are too many unknowns.
         """
-        if not self.small or not np.isfinite(self.residuals(unknowns)).all():
+        if self.pruned or not self.small or not np.isfinite(self.residuals(unknowns)).all():
             return unknowns
         from scipy.optimize import least_squares  # slow to import
 
         fit = least_squares(
             self.residuals,
             unknowns,
-            self.jacobian,
+            self.jacobian if self.fedavg.steps == 1 else "2-point",
             method="lm",
             xtol=1e-14,
             ftol=1e-14,
@@ -334,6 +425,12 @@ class _Span:
             max_nfev=200,
         )
         return fit.x
+
+    @property
+    def tolerance(self) -> float:
+        """The residual of a solution."""
+        noise = self.noise / np.linalg.norm(self.gradient)
+        return max(ROUNDING, 4 * noise * np.sqrt(len(self.bias) * len(self.labels)))
 
     @property
     def small(self) -> bool:
@@ -350,51 +447,81 @@ class _Span:
 
     @property
     def sparsified(self) -> bool:
-        """Whether the client left entries out, in more rows than those of the labels: there p − 1
-        of an image that a trained client is sure of rounds to 0.
+        """Whether the client left out what is small: then nothing small is there. (Beside what a
+        trained client is sure of, which rounds to 0, there is.)
         """
-        return int(self.missing.any(axis=1).sum()) > len(self.labels)
+        shared = np.abs(self.gradient[self.gradient != 0])
+        return bool(self.missing.any() and shared.min() > 0.01 * np.sqrt(np.mean(shared**2)))
 
-    def completed(self) -> "_Span":
-        """With what a client left out of G_W, because it was small, estimated from the rest in
-        turn with the features (expectation–maximisation).
+    def completed(self) -> RecoveredFeatures:
+        """With what a client left out of G_W, because it was small, estimated in turn with the
+        features: each by least squares, where estimates count less than what is there.
         """
-        span, bound = self, np.abs(self.gradient[self.gradient != 0]).min()
+        filled, bound = self.gradient, np.abs(self.gradient[self.gradient != 0]).min()
+        weights = np.where(self.missing, _DOUBT, 1.0)
+        classes, size = len(self.bias), len(self.labels)
+        start = self.wrongness(np.zeros((size, classes)), np.zeros((size, size)))
+        wrong = self.scale * start
         for _ in range(_COMPLETIONS):
-            matrix, _ = span.unpacked(span.iterated())
-            wrong = span.scale * span.wrongness(softmax(span.logits(matrix)))
-            estimate = np.clip(wrong.T @ matrix @ span.factors[2], -bound, bound)
-            span = replace(span, gradient=np.where(self.missing, estimate, self.gradient))
-        return span
-
-    def result(self, unknowns: ndarray) -> RecoveredFeatures:
-        matrix, _ = self.unpacked(unknowns)
-        features = matrix @ self.factors[2]
-        residual = float(np.nan_to_num(np.linalg.norm(self.residuals(unknowns)), nan=np.inf))
-        errors = np.full(len(features), np.inf)
-        if np.isfinite(residual):
-            errors = self.errors(unknowns, residual) / np.linalg.norm(features, axis=1)
-        exact = residual < ROUNDING and errors.max() < _PRECISE
-        return RecoveredFeatures(
-            features=torch.from_numpy(features),
-            logits=torch.from_numpy(self.logits(matrix)),
-            labels=torch.from_numpy(self.labels),
-            residual=residual,
-            errors=torch.from_numpy(errors),
-            status="exact" if exact else "approximate",
+            normal = np.einsum("ic,cd,jc->dij", wrong, weights, wrong, optimize=True)
+            normal += 1e-9 * (wrong**2).sum() * np.eye(len(wrong))
+            products = (wrong @ (weights * filled)).T[:, :, None]
+            features = np.linalg.solve(normal, products)[:, :, 0].T
+            logits = features @ self.weight.T + self.bias
+            wrong = self.scale * self.wrongness(logits, features @ features.T + self.biased)
+            filled = np.where(
+                self.missing, np.clip(wrong.T @ features, -bound, bound), self.gradient
+            )
+        variance = bound**2 / 3 * _DOUBT  # of what is there, beside ± bound of what is not
+        misfit = np.where(self.missing, 0, self.gradient - wrong.T @ features)
+        return self.found(
+            features,
+            variance * np.linalg.inv(normal).mean(axis=0),
+            float(np.linalg.norm(misfit) / np.linalg.norm(self.gradient)),
         )
 
-    def errors(self, unknowns: ndarray, residual: float) -> ndarray:
-        """Standard deviation of each image's features: out of the span and, where the Jacobian is
+    def result(self, unknowns: ndarray) -> RecoveredFeatures:
+        matrix, t = self.unpacked(unknowns)
+        residual = float(np.nan_to_num(np.linalg.norm(self.residuals(unknowns)), nan=np.inf))
+        features, covariance = matrix @ self.factors[2], np.diag(np.full(len(matrix), 1e30))
+        if np.isfinite(residual) and self.noise:
+            features, covariance = self.least_squares(t * self.wrongness_of(matrix))
+        elif np.isfinite(residual):
+            covariance = self.covariance(unknowns, residual)
+        found = self.found(features, covariance, residual)
+        exact = residual < ROUNDING and found.errors.max() < _PRECISE
+        return replace(found, status="exact") if exact and self.fedavg.steps == 1 else found
+
+    def found(self, features: ndarray, covariance: ndarray, residual: float) -> RecoveredFeatures:
+        features = np.nan_to_num(features)
+        return RecoveredFeatures(
+            features=torch.from_numpy(features),
+            logits=torch.from_numpy(features @ self.weight.T + self.bias),
+            labels=torch.from_numpy(self.labels),
+            residual=residual,
+            covariance=torch.from_numpy(covariance),
+            known=torch.from_numpy(self.gradient.any(axis=0) | (not self.pruned)),
+            status="approximate",
+        )
+
+    def least_squares(self, wrong: ndarray) -> tuple[ndarray, ndarray]:
+        """The features that fit G_W best, also out of the span, where noise has bent that; and the
+        covariance of the errors.
+        """
+        inverse = np.linalg.pinv(wrong.T) / self.scale
+        return inverse @ self.gradient, self.noise**2 * inverse @ inverse.T
+
+    def covariance(self, unknowns: ndarray, residual: float) -> ndarray:
+        """Between the images' errors of a feature: out of the span and, where the Jacobian is
         small, in it.
         """
         matrix, _ = self.unpacked(unknowns)
         size, features = len(matrix), self.gradient.shape[1]
+        covariance = matrix @ matrix.T
+        if self.small:
+            _, values, directions = np.linalg.svd(self.jacobian(unknowns), full_matrices=False)
+            directions /= np.maximum(values, 1e-12 * values[0])[:, None]
+            within = (directions.T @ directions)[:-1, :-1].reshape([size] * 4)
+            covariance += np.einsum("ikjk,k->ij", within, self.factors[1] ** 2) / features
         noise = max(residual, _FLOAT32) / np.sqrt(size * len(self.bias))  # of each equation
-        outside = features * (matrix**2).sum(axis=1)
-        if not self.small:
-            return noise * np.sqrt(outside)
-        _, values, directions = np.linalg.svd(self.jacobian(unknowns), full_matrices=False)
-        variances = ((directions / values[:, None]) ** 2).sum(axis=0)[:-1].reshape(size, size)
-        inside = (variances * self.factors[1] ** 2).sum(axis=1)
-        return noise * np.sqrt(inside + outside)
+        return noise**2 * covariance

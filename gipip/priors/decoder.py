@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import InstanceOf, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
@@ -36,11 +36,11 @@ class Decoder(Network):
     """A linear map from `features` numbers to size × size pixels, and a correction by convolutions
     (`width` and 2·`width` channels at a half and a quarter of the size).
 
-    `centre`, `variance`: the features' mean and their mean squared distance from it.
+    `centre`, `covariance`, `variance`: the features' mean, their covariance and its trace.
     """
 
     centre: Tensor
-    variance: Tensor
+    covariance: Tensor
 
     @validated
     def __init__(self, features: PositiveInt, size: PositiveInt, width: PositiveInt = 32):
@@ -48,7 +48,7 @@ class Decoder(Network):
         self.arguments = {"features": features, "size": size, "width": width}
         self.linear = nn.Linear(features, 3 * size * size)
         self.register_buffer("centre", torch.zeros(features))
-        self.register_buffer("variance", torch.ones(()))
+        self.register_buffer("covariance", torch.eye(features))
         half: dict[str, Any] = {"kernel_size": 4, "stride": 2, "padding": 1}
         last = nn.ConvTranspose2d(width, 3, **half)
         self.correction = nn.Sequential(
@@ -64,6 +64,10 @@ class Decoder(Network):
         )
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
+
+    @property
+    def variance(self) -> Float[Tensor, ""]:
+        return self.covariance.trace()
 
     def corrected(self, images: Images) -> Images:
         return images + self.correction(images)
@@ -99,19 +103,27 @@ class FeatureDecoder(Prior):
         super().__init__(decoder, provenance)
         self.model, self.mode = model, mode
 
-    def forward(self, features: Features, errors: Float[Tensor, "batch"] | None = None) -> Images:
-        """Images in [0, 1]. Features of a relative error, if `errors` are given, are drawn to the
-        mean features, as a Wiener filter does; those of an infinite one become the mean image.
-        """
-        if errors is not None:
-            trust, centre = self.trust(features, errors)[:, None], self.decoder.centre
-            features = torch.where(trust > 0, centre + trust * (features - centre), centre)
+    def forward(self, features: Features) -> Images:
+        """Images in [0, 1]."""
         return self.decoder(features)
 
-    def trust(self, features: Features, errors: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-        """How much features of these relative errors still tell: a share of variance, in [0, 1]."""
-        noise = (errors * features.norm(dim=1)).square()
-        return (1 / (1 + noise / self.decoder.variance)).nan_to_num(0)
+    def expected(
+        self, features: Features, covariance: Float[Tensor, "batch batch"], known: Bool[Tensor, "_"]
+    ) -> tuple[Features, Float[Tensor, "batch"]]:
+        """Features to expect, given those `known` and the `covariance` of their errors between the
+        images, where auxiliary images' features are normally distributed; and how much these tell
+        of each image: a share of variance, in [0, 1].
+        """
+        noise, images = torch.linalg.eigh(covariance)
+        spread = self.decoder.covariance.to(covariance)
+        variance, directions = torch.linalg.eigh(spread[known][:, known])
+        total = variance.clamp(min=1e-12 * variance.max()) + noise.clamp(min=0)[:, None]
+        centre = self.decoder.centre.to(covariance)
+        away = images.T @ (features - centre)[:, known] @ directions / total
+        spread = directions.T @ spread[known]
+        told = spread.square().sum(dim=1) / total
+        trust = images.square() @ told.sum(dim=1) / self.decoder.variance.to(covariance)
+        return centre + images @ away @ spread, trust
 
     def check_model(self, model: str, mode: Mode) -> None:
         """Raise UpdateError unless it was trained for the client model of this fingerprint, in
@@ -182,7 +194,7 @@ class DecoderTraining(Training[FeatureDecoder]):
         regression = Ridge(features, images.flatten(1), folds.repeat(settings["copies"]))
         network = Decoder(features.shape[1], images.shape[-1], settings["width"])
         network.linear.load_state_dict(regression.solution())
-        network.centre, network.variance = regression.centre, regression.variance
+        network.centre, network.covariance = regression.centre, regression.covariance
         super().__init__(network.to(self.device), auxiliary)
         self.blurred = regression.out_of_fold().view(images.shape)
         self.images, self.training = images, (regression.folds > 0).nonzero().squeeze(1)
@@ -248,9 +260,9 @@ class Ridge:
         return {"weight": weight, "bias": self.mean - weight @ self.centre}
 
     @property
-    def variance(self) -> Float[Tensor, ""]:
-        """Mean squared distance of the features from their centre."""
-        return self.features.square().sum(dim=1).mean()
+    def covariance(self) -> Float[Tensor, "features features"]:
+        """Of the features."""
+        return (torch.stack(self.grams).sum(dim=0) / len(self.features)).float()
 
     def out_of_fold(self) -> Float[Tensor, "batch pixels"]:
         """The pixels of each image, by the regression without its fold."""
