@@ -217,18 +217,17 @@ def _auxiliary(given: LabeledImages | None, shape: tuple[int, ...]) -> LabeledIm
 
 def _condition(work: Work, name: str, results: list[Result], frame: pandas.DataFrame) -> dict:
     """All that was found under one condition; the most successful attack is first."""
-    own = [result for result in results if result.case.condition == name]
-    obstacles = {result.arm: result.obstacle for result in own if result.obstacle}
     attacks = []
+    own = [result for result in results if result.case.condition == name]
     for arm in dict.fromkeys(result.arm for result in own):
-        abouts = [result.about for result in own if result.arm == arm and result.about]
-        if abouts:
-            seconds = sum(about["seconds"] for about in abouts)
-            attacks.append({"name": arm} | abouts[0] | {"seconds": seconds})
-            if len(frame):
-                attacks[-1] |= summary(_rows(frame, name, arm))
+        abouts = [result.about for result in own if result.arm == arm]
+        seconds = sum(about["seconds"] for about in abouts)
+        attacks.append({"name": arm} | abouts[0] | {"seconds": seconds})
+        if len(frame):
+            attacks[-1] |= summary(_rows(frame, name, arm))
     if len(frame):
         attacks.sort(key=partial(_strength, frame, name), reverse=True)
+    obstacles = {arm: why for (condition, arm), why in work.obstacles.items() if condition == name}
     found = {"name": name, "attacks": attacks, "obstacles": obstacles}
     found["exact"] = _exact(work, name)
     return found | {"verdict": _verdict(found, frame)}
@@ -289,11 +288,10 @@ def _verdict(found: dict[str, Any], frame: pandas.DataFrame) -> dict[str, Any]:
 
 
 def _written(work: Work, results: list[Result], accuracies: dict[str, float]) -> Audit:
-    done = [result for result in results if result.images is not None]
     truths = {case.batch: case.truth.images for case in work.cases if case.truth}
     frame = pandas.DataFrame()
     if truths:
-        named = {(each.case.condition, each.arm, each.case.batch): each.images for each in done}
+        named = {(each.case.condition, each.arm, each.case.batch): each.images for each in results}
         frame = recovery(named, truths, work.auxiliary.images)
     conditions = []
     for name in dict.fromkeys(case.condition for case in work.cases):
@@ -301,9 +299,8 @@ def _written(work: Work, results: list[Result], accuracies: dict[str, float]) ->
         conditions.append(found | {"accuracy": accuracies.get(name)})
     lines = reference_rows(frame) if len(frame) else []
     findings = _about(work) | {"conditions": conditions, "references": lines}
-    findings["left"] = sum("time was over" in result.obstacle for result in results)
     findings = json.loads(json.dumps(findings))  # as they are read again
-    pictures = [_pictures(found, done, frame) for found in conditions]
+    pictures = [_pictures(found, results, frame) for found in conditions]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text())
     page = work.folder / "audit.html"
@@ -329,16 +326,17 @@ def _about(work: Work) -> dict[str, Any]:
         "labels": "withheld" if update.labels is None else "shared",
         "minutes": work.minutes,
         "plan": work.plan,
+        "left": work.left,
         "levels": LEVELS,
     }
 
 
-def _pictures(found: dict, done: list[Result], frame: pandas.DataFrame) -> list[dict[str, Any]]:
+def _pictures(found: dict, results: list[Result], frame: pandas.DataFrame) -> list[dict[str, Any]]:
     """For each attack, in order, its pictures, worst cases first."""
     groups = []
     for attack in found["attacks"]:
         shown: list[dict[str, Any]] = []
-        for result in done:
+        for result in results:
             if (result.case.condition, result.arm) == (found["name"], attack["name"]):
                 shown += _shown(result, frame)
         if len(frame):

@@ -71,18 +71,21 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What an attack on a case gave: images, or why not."""
+    """What an attack, an *arm*, made of a case."""
 
     case: Case
     arm: str
-    images: Images | None = None
-    about: dict[str, Any] | None = None
-    obstacle: str = ""
+    images: Images
+    about: dict[str, Any]
 
 
 @dataclass(eq=False)
 class Work:
-    """All that takes time: planned, done while there is time, kept in a folder piece by piece."""
+    """All that takes time: planned, done while there is time, kept in a folder piece by piece.
+
+    `obstacles`: by condition and arm, why an attack gave nothing. `left`: how many the time was too
+    short for.
+    """
 
     model: ClientModel
     cases: list[Case]
@@ -95,6 +98,8 @@ class Work:
     def __post_init__(self) -> None:
         self.update = self.cases[0].share()
         self.shape, self.size = self.update.image_shape, self.update.batch_size
+        self.obstacles: dict[tuple[str, str], str] = {}
+        self.left = 0
 
     def kept(self, kind: str, about: Sequence[Any], compute: Callable[[], Kept]) -> Kept:
         """What a file holds, or what is computed instead, and then kept there."""
@@ -192,40 +197,38 @@ class Work:
     # How ------------------------------------------------------------------------------
 
     def results(self) -> list[Result]:
-        """Of every attack on every case, as far as the time allows."""
+        """Of every attack on every case, as far as the time allows. GipipError for none."""
+        if isinstance(self.decoder, str):
+            self.obstacles |= {(case.condition, "features"): self.decoder for case in self.cases}
         todo = [(case, *named) for named in self.attacks() for case in self.cases]
         works = [attack.iterations * attack.restarts for _, _, attack in todo]
-        found, done = self.without_decoder(), 0
+        found, done = [], 0
         with progress(total=sum(works), description="attacks", unit="iteration") as bar:
             for (case, arm, attack), amount in zip(todo, works, strict=True):
-                found.append(self.result(case, arm, attack, partial(_tock, bar)))
+                with quiet():
+                    found += self.result(case, arm, attack, partial(_tock, bar))
                 done += amount
                 bar.update(done - bar.n)
-        if not any(result.about for result in found):
-            reasons = "; ".join({result.obstacle: None for result in found})
+        if not found:
+            reasons = "; ".join(dict.fromkeys(self.obstacles.values()))
             raise GipipError(f"No attack gave anything: {reasons}")
         return found
 
-    def without_decoder(self) -> list[Result]:
-        """What stands against the features attack, if anything does."""
-        if isinstance(self.decoder, FeatureDecoder):
-            return []
-        return [Result(case, "features", obstacle=self.decoder) for case in self.cases]
-
-    def result(self, case: Case, arm: str, attack: Attack, watch: Callable) -> Result:
+    def result(self, case: Case, arm: str, attack: Attack, watch: Callable) -> Iterator[Result]:
+        """One, or none and an obstacle."""
         settings = attack.model_dump(mode="json")
         about = [case.fingerprint, settings, code_version(type(attack))]
         checkpoint = Checkpoint(self.folder / "unfinished" / _key(*about), self.ends)
         compute = partial(self.computed, case, attack, watch, checkpoint)
         try:
-            with quiet():
-                tensors, details = self.kept("attacks", about, compute)
+            tensors, details = self.kept("attacks", about, compute)
+            checkpoint.remove()
+            yield Result(case, arm, tensors["images"], details | {"settings": settings})
         except OutOfTime:
-            return Result(case, arm, obstacle="The time was over. The same call goes on with it.")
+            self.left += 1
+            self.obstacles[case.condition, arm] = "The time was over. The same call goes on."
         except GipipError as error:
-            return Result(case, arm, obstacle=str(error))
-        checkpoint.remove()
-        return Result(case, arm, tensors["images"], details | {"settings": settings})
+            self.obstacles[case.condition, arm] = str(error)
 
     def computed(self, case: Case, attack: Attack, watch: Callable, checkpoint: Checkpoint) -> Kept:
         if time.time() >= self.ends:
