@@ -4,13 +4,17 @@ really ran.
 A second run is fast because every result is in the result store, not because a notebook is skipped.
 """
 
+import base64
 import contextlib
+import io
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+
+from PIL import Image
 
 from gipip.errors import GipipError, OutOfTime, ProfileError
 from gipip.progress import require_time, time_limit
@@ -247,16 +251,27 @@ def _environment(limit: float) -> Iterator[None]:
 
 
 def _stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without timings, progress, widget state, random cell ids and versions."""
+    """Without timings, progress, widget state, random cell ids and versions; pictures packed."""
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{index:02d}"
         cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
             cell.outputs = _joined(cell.outputs)
+            for output in cell.outputs:
+                if png := output.get("data", {}).get("image/png"):
+                    output.data["image/png"] = _packed(png)
     notebook.metadata.language_info = {"name": "python"}
     for kept in ("papermill", "widgets"):
         notebook.metadata.pop(kept, None)
     return notebook
+
+
+def _packed(png: str) -> str:
+    """The same pixels in fewer bytes: figures are opaque, and need no fourth channel."""
+    packed = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        picture.convert("RGB").save(packed, "PNG", optimize=True)
+    return base64.b64encode(packed.getvalue()).decode()
 
 
 def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
