@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -467,7 +468,11 @@ def test_ctrl_c_ends_with_130_and_without_a_traceback(monkeypatch):
 # Tuning -------------------------------------------------------------------------
 
 
-def test_tune_prints_and_writes_what_it_tried_and_chose_and_goes_on_from_the_store(tmp_path):
+def test_tune_prints_and_writes_what_it_tried_and_chose_and_goes_on_from_the_store(
+    tmp_path, monkeypatch
+):
+    # threads of this process instead: to start others takes seconds, and test_scale_out does
+    monkeypatch.setattr("gipip.experiments.sweep.Processes", ThreadPoolExecutor)
     output = tmp_path / "tuned.json"
     options = ["--attack", "ig", "--iterations", 1, "--evaluations", 3, "--images", 2]
     folders = ["--store", tmp_path, "--output", output]

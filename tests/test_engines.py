@@ -99,12 +99,13 @@ def _assert_same(expected, found):
 )
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize(
-    "name", ["convnet", "convnet16", "convnet16-groupnorm", "lenet", "unusual", "resnet18"]
+    "name", ["convnet16", "convnet16-groupnorm", "lenet", "unusual", "resnet18"]
 )
 def test_the_traced_gradient_and_its_derivative_are_the_eager_ones_in_float64(name, mode, fedavg):
     if name == "resnet18" and fedavg:
-        fedavg = gipip.FedAvg(steps=2, batch_size=2)
-    expected, found = _both(_model(name), mode=mode, fedavg=fedavg)
+        fedavg = gipip.FedAvg(steps=2, batch_size=1)
+    size = 2 if name == "resnet18" else 3
+    expected, found = _both(_model(name), mode=mode, fedavg=fedavg, batch_size=size)
     _assert_same(expected, found)
 
 

@@ -22,6 +22,7 @@ import torch
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.errors import BatchSizeError, DataError, ModelError, StoreError, SweepError
+from gipip.experiments.pool import Processes
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.store import ResultStore
 from gipip.experiments.sweep import execute, sweep
@@ -300,6 +301,27 @@ def test_a_process_that_is_killed_costs_its_run_and_not_the_sweep(store, folder)
     assert store.load(always) is None
     for run in (once, *others):
         assert torch.equal(store.load(run).images, plain(run))
+
+
+def test_the_processes_of_one_executor_serve_the_next():
+    with Processes(1) as executor:
+        first = executor.submit(os.getpid).result()
+    with Processes(1) as executor:
+        assert executor.submit(os.getpid).result() == first != os.getpid()
+
+
+def test_an_exception_ends_the_process_at_work_and_leaves_what_waits():
+    with Processes(1) as executor:
+        waiting = executor.submit(os.getpid).result()
+    with pytest.raises(KeyboardInterrupt), Processes(2) as executor:
+        started = time.monotonic()
+        executor.submit(time.sleep, 600)
+        time.sleep(0.5)  # the call is on its way to a process
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 60
+    assert not psutil.pid_exists(waiting)
+    with Processes(1) as executor:
+        assert executor.submit(os.getpid).result() != waiting
 
 
 def start_script(store):

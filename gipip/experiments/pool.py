@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor, wait
 
 import torch
-from loky.process_executor import ProcessPoolExecutor
+from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -20,44 +20,50 @@ _ENVIRONMENT = {
 }
 
 
+_idle: list[ProcessPoolExecutor] = []
+"""Processes that wait for the next call of any executor: each takes seconds to begin, and ends by
+itself after a minute without one.
+"""
+
+
 class Processes(ThreadPoolExecutor):
     """An executor of so many processes with one thread each, begun as they are needed.
 
     A process that dies is replaced, and costs its own call only: the future holds
-    TerminatedWorkerError. All end at once when an exception leaves the executor, as Ctrl-C does, or
-    when this process dies.
+    TerminatedWorkerError. Those at work end at once when an exception leaves the executor, as
+    Ctrl-C does, and all when this process dies.
     """
 
     def __init__(self, workers: int):
         super().__init__(workers)
-        self._begun: list[ProcessPoolExecutor] = []
-        self._idle: list[ProcessPoolExecutor] = []
+        self._at_work: set[ProcessPoolExecutor] = set()
 
     def submit(self, call, /, *arguments, **options):
         return super().submit(self._in_process, call, *arguments, **options)
 
     def _in_process(self, call: Callable, *arguments, **options):
         try:
-            process = self._idle.pop()
+            process = _idle.pop()
         except IndexError:
-            process = self._another()
+            process = _another()
+        self._at_work.add(process)
         future = process.submit(call, *arguments, **options)
         wait([future])
-        if not isinstance(future.exception(), BrokenExecutor):
-            self._idle.append(process)
+        self._at_work.remove(process)
+        if not isinstance(future.exception(), BrokenExecutor | ShutdownExecutorError):
+            _idle.append(process)
         return future.result()
-
-    def _another(self) -> ProcessPoolExecutor:
-        parent = (os.getpid(),)
-        process = ProcessPoolExecutor(1, env=_ENVIRONMENT, initializer=_begin, initargs=parent)
-        self._begun.append(process)
-        return process
 
     def __exit__(self, kind: type[BaseException] | None, *about) -> None:
         killed = kind is not None
         self.shutdown(wait=not killed, cancel_futures=killed)
-        for process in self._begun:
-            process.shutdown(kill_workers=killed)
+        for process in list(self._at_work):
+            process.shutdown(kill_workers=True)
+
+
+def _another() -> ProcessPoolExecutor:
+    how = {"env": _ENVIRONMENT, "timeout": 60}
+    return ProcessPoolExecutor(1, **how, initializer=_begin, initargs=(os.getpid(),))
 
 
 def _begin(parent: int) -> None:
