@@ -230,6 +230,7 @@ def test_the_page_shows_every_comparison_in_its_unit_and_no_verdict(tmp_path, re
     assert "| \\|ΔW\\| = 1 | ssim | 24 | 8 | −0.020 [−0.040, +0.001] |" in lines
     assert "| GIPIP − IG, B = 4 | psnr | 24 | 1 | +0.25 (no interval) dB |" in lines
     assert [line for line in lines if line.startswith("## ")] == [
+        "## Primary endpoints",
         f"## {number} {STUDY[number].claim}" for number in (1, 2)
     ]
 
