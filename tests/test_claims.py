@@ -231,7 +231,7 @@ def test_the_page_shows_every_comparison_in_its_unit_and_no_verdict(tmp_path, re
     assert "| GIPIP − IG, B = 4 | psnr | 24 | 1 | +0.25 (no interval) dB |" in lines
     assert [line for line in lines if line.startswith("## ")] == [
         "## Primary endpoints",
-        f"## {number} {STUDY[number].claim}" for number in (1, 2)
+        *(f"## {number} {STUDY[number].claim}" for number in (1, 2)),
     ]
 
 
