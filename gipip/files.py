@@ -9,8 +9,10 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import safetensors
 import safetensors.torch
@@ -18,6 +20,7 @@ import torch
 
 from gipip.errors import DamagedFileError, DataError
 
+T = TypeVar("T")
 _PACKAGE = Path(__file__).parent
 DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").is_dir() else _PACKAGE.parent / "data"
 """Folder of the files that ship with gipip: `data/` of a checkout, `gipip/_data/` of an
@@ -79,13 +82,6 @@ def write_tensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadat
     return path
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file to NAME.damaged-TIME, so that it is neither trusted nor
-    lost; its new path.
-    """
-    return path.rename(path.with_suffix(f".damaged-{time.time_ns()}"))
-
-
 def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and metadata of a file by `write_tensors`; `DamagedFileError` if a single
     bit differs from what was written.
@@ -105,3 +101,18 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
         reason = f"{path} is no readable safetensors file by gipip ({error})"
         raise DamagedFileError(f"{reason}. Delete it and make or download it again.") from error
+
+
+def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read(path)` gives, or None if it has to be computed: there is no such file, or it is a
+    damaged one, which is renamed to NAME.damaged-TIME with a warning, neither trusted nor lost.
+    """
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        aside = path.rename(path.with_suffix(f".damaged-{time.time_ns()}"))
+        again = f"It is set aside as {aside.name} and computed again."
+        warnings.warn(f"{error} {again}", stacklevel=3)
+        return None

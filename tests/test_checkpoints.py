@@ -176,7 +176,7 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_reported_and_set_asid
         attack(lenet, update, checkpoint=kept, **watched(clock))
     damage(path, lenet, update)
     damaged = path.read_bytes()
-    with pytest.warns(UserWarning, match="set aside as key-1.damaged-.* begins anew"):
+    with pytest.warns(UserWarning, match="set aside as key-1.damaged-.* computed again"):
         kept = Checkpoint(tmp_path / "key", run="this one")
         found = attack(lenet, update, checkpoint=kept)
     assert [path.read_bytes() for path in tmp_path.glob("*.damaged-*")] == [damaged]

@@ -208,6 +208,16 @@ def test_other_settings_or_images_are_another_training(train, images, tmp_path):
     assert len(list((tmp_path / "priors").iterdir())) == 4
 
 
+def test_a_stored_prior_that_cannot_be_read_is_set_aside_and_trained_again(train, tmp_path):
+    first = train(store=tmp_path)
+    (path,) = tmp_path.glob("priors/*")
+    write_tensors(path, {"of an earlier version": torch.ones(1)}, {})
+    with pytest.warns(UserWarning, match="set aside as .*damaged-.* computed again"):
+        again = train(store=tmp_path)
+    assert again.fingerprint == first.fingerprint
+    assert train(store=tmp_path).fingerprint == first.fingerprint  # from the store
+
+
 def test_an_interrupted_training_says_so_and_is_not_stored(images, tmp_path, monkeypatch):
     calls, forward = itertools.count(), Autoencoder.forward
 

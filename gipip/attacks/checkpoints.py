@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gipip.attacks.loop import Course, Observer
 from gipip.errors import DamagedFileError, OutOfTime
-from gipip.files import read_tensors, set_aside, write_tensors
+from gipip.files import read_kept, read_tensors, write_tensors
 
 _EVERY = 180  # seconds between two writes: what a machine that is killed loses
 
@@ -44,19 +44,17 @@ class Checkpoint(Observer):
         """Put the course where it was, if it is kept. A damaged file is reported and set aside."""
         self.courses += 1
         self.written, self.started = time.time(), time.perf_counter()
-        if not self.file.exists():
-            return
-        try:
-            tensors, about = read_tensors(self.file)
-            if about.get("run") != self.run:
-                raise DamagedFileError(f"{self.file} holds the state of another attack.")
-        except DamagedFileError as error:
-            anew = f"It is set aside as {set_aside(self.file).name}, the attack begins anew."
-            warnings.warn(f"{error} {anew}", stacklevel=2)
-            return
-        _restore(course, tensors, about["terms"])
-        self.earlier += about["seconds"]
-        self.started -= about["seconds"]
+        if kept := read_kept(self.file, self._read):
+            tensors, about = kept
+            _restore(course, tensors, about["terms"])
+            self.earlier += about["seconds"]
+            self.started -= about["seconds"]
+
+    def _read(self, file: Path) -> tuple[dict[str, Tensor], dict]:
+        tensors, about = read_tensors(file)
+        if about.get("run") != self.run:
+            raise DamagedFileError(f"{file} holds the state of another attack.")
+        return tensors, about
 
     def look(self, course: Course) -> None:
         """Keep the state every few minutes. Raises OutOfTime, having kept it, at the deadline."""

@@ -2,9 +2,9 @@
 
 import contextlib
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -14,7 +14,7 @@ from torch import Tensor
 from gipip.attacks.checkpoints import Checkpoint
 from gipip.errors import DamagedFileError, StoreError
 from gipip.experiments.scenario import Run
-from gipip.files import read_tensors, set_aside, write_tensors
+from gipip.files import read_kept, read_tensors, write_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,16 +82,7 @@ class ResultStore:
 
     def load(self, run: Run) -> Result | None:
         """The stored result of a run, or None if there is none that can be trusted."""
-        path = self.path(run)
-        try:
-            return read_result(path, run)
-        except FileNotFoundError:
-            return None
-        except DamagedFileError as error:
-            aside = set_aside(path).name
-            again = f"It is set aside as {aside} and the run is computed again."
-            warnings.warn(f"{error} {again}", stacklevel=2)
-            return None
+        return read_kept(self.path(run), partial(read_result, run=run))
 
     def save(self, result: Result) -> None:
         """Write a result, whole or not at all."""

@@ -4,7 +4,6 @@ kept piece by piece, so that the same work goes on where it was.
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,7 +24,7 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.labels import infer_labels
 from gipip.data.datasets import LabeledImages
-from gipip.errors import DamagedFileError, GipipError, OutOfTime
+from gipip.errors import GipipError, OutOfTime
 from gipip.experiments.version import code_version
 from gipip.federation.client import SharedUpdate
 from gipip.federation.models import (
@@ -36,7 +35,7 @@ from gipip.federation.models import (
     model_fingerprint,
     prepared,
 )
-from gipip.files import canonical_json, fingerprint, read_tensors, set_aside, write_tensors
+from gipip.files import canonical_json, fingerprint, read_kept, read_tensors, write_tensors
 from gipip.priors.autoencoder import AnomalyScore, load_prior
 from gipip.priors.decoder import FeatureDecoder, train_decoder
 from gipip.progress import progress, quiet
@@ -104,13 +103,8 @@ class Work:
     def kept(self, kind: str, about: Sequence[Any], compute: Callable[[], Kept]) -> Kept:
         """What a file holds, or what is computed instead, and then kept there."""
         path = self.folder / kind / f"{_key(*about)}.safetensors"
-        if path.exists():
-            try:
-                return read_tensors(path)
-            except DamagedFileError as error:
-                aside = f"It is set aside as {set_aside(path).name} and computed again."
-                warnings.warn(f"{error} {aside}", stacklevel=2)
-        return read_tensors(write_tensors(path, *compute()))
+        kept = read_kept(path, read_tensors)
+        return kept or read_tensors(write_tensors(path, *compute()))
 
     # Who attacks ----------------------------------------------------------------------
 

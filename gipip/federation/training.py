@@ -15,7 +15,7 @@ from gipip.errors import UpdateError
 from gipip.federation.client import Client, SharedUpdate, check_parts
 from gipip.federation.defenses import DPSGD, Defense
 from gipip.federation.models import ClientModel, model_fingerprint, trainable
-from gipip.files import canonical_json, fingerprint, read_tensors, write_tensors
+from gipip.files import canonical_json, fingerprint, read_kept, read_tensors, write_tensors
 from gipip.progress import progress, require_time
 
 Defenses = Sequence[Defense]
@@ -66,8 +66,8 @@ def train_federated(
     name = fingerprint({}, canonical_json(settings))[:24]
     path = Path(store) / "clients" / f"{name}.safetensors" if store else None
     model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # a fifth faster
-    if path and path.exists():
-        model.load_state_dict(read_tensors(path)[0])
+    if path and (kept := read_kept(path, read_tensors)):
+        model.load_state_dict(kept[0])
         return model
     require_time()
     updates = _private_updates if private else _updates

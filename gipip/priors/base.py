@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gipip.data.datasets import LabeledImages
 from gipip.errors import DamagedFileError, DataError, GipipError, UpdateError
-from gipip.files import canonical_json, fingerprint, read_tensors, shipped, write_tensors
+from gipip.files import canonical_json, fingerprint, read_kept, read_tensors, shipped, write_tensors
 from gipip.progress import progress, require_time
 
 Images = Float[Tensor, "batch 3 height width"]
@@ -205,8 +205,8 @@ def trained(
     about = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
     name = fingerprint({}, canonical_json(about))[:24]
     path = Path(store) / "priors" / f"{name}.safetensors" if store else None
-    if path and path.exists():
-        return training.prior.load(path)
+    if path and (kept := read_kept(path, training.prior.load)):
+        return kept
     require_time()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings["seed"])  # and not a GPU's, which is not used
