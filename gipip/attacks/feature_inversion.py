@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from gipip.attacks.features import recovered
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.loop import Course, Observer, Terms, Variables
-from gipip.attacks.objectives import Gradients
 from gipip.attacks.view import View
 from gipip.federation.client import SharedUpdate
 from gipip.federation.models import ClientModel, Images, entering
@@ -66,12 +65,6 @@ class FeatureInversion(InvertingGradients):
 
     def variables(self, view: View) -> Variables:
         return {"images": view.start["images"]}
-
-    def matched(self, view: View, gradients: Gradients) -> Gradients:
-        gradients = super().matched(view, gradients)
-        named = zip(view.update.parameter_names, gradients, strict=True)
-        left = [each for name, each in named if name.rpartition(".")[0] != view.apart]
-        return Gradients(left or gradients)
 
     def feature_distance(self, view: View, images: Images) -> Float[Tensor, ""]:
         """F(x) of normalised images; features count as far as they are known."""

@@ -55,16 +55,12 @@ class InvertingGradients(Attack):
         }
 
     def distance(self, view: View, images: Images) -> Float[Tensor, ""]:
-        """1 − cos(g, g*) of normalised images, of what is matched."""
-        gradients = view.gradients(images, view.fixed_labels)
-        return cosine_distance(self.matched(view, gradients), self.matched(view, view.target))
-
-    def matched(self, view: View, gradients: Gradients) -> Gradients:
-        """What of them is compared: all, or with `masked` where g* is not zero."""
-        if not self.masked:
-            return gradients
-        pairs = zip(gradients, view.target, strict=True)
-        return Gradients(gradient * (shared != 0) for gradient, shared in pairs)
+        """1 − cos(g, g*) of normalised images; with `masked` where g* is not zero."""
+        gradients = view.left(view.gradients(images, view.fixed_labels))
+        if self.masked:
+            pairs = zip(gradients, view.matched, strict=True)
+            gradients = Gradients(gradient * (shared != 0) for gradient, shared in pairs)
+        return cosine_distance(gradients, view.matched)
 
     def direction(self, gradient: Tensor) -> Tensor:
         return gradient.sign() if self.signed else gradient

@@ -101,6 +101,19 @@ class View:
         """Name of the linear layer whose output the logits are."""
         return last_linear(self.model, torch.zeros(self.shape).to(self.target[0]))[0]
 
+    def left(self, gradients: Gradients) -> Gradients:
+        """What an attack matches of a gradient: all but the layer `apart`, if there are others."""
+        if not self.apart:
+            return gradients
+        named = zip(self.update.parameter_names, gradients, strict=True)
+        rest = [each for name, each in named if name.rpartition(".")[0] != self.apart]
+        return Gradients(rest or gradients)
+
+    @cached_property
+    def matched(self) -> Gradients:
+        """What is left of g*."""
+        return self.left(self.target)
+
     def place(self, prior: Prior) -> Prior:
         """A copy of a prior on the attack's device and in its precision, made once."""
         if prior not in self.placed:
