@@ -98,7 +98,7 @@ def quality_table(frame: pandas.DataFrame, metrics: Sequence[str] = METRICS) -> 
     keys = ["model", "epochs", "batch_size", "arm", *ASSUMPTIONS]
     for (model, epochs, size, arm, *about), part in frame.groupby(keys, sort=False):
         row = {"model": f"{model}@{epochs}" if epochs else model, "batch size": size}
-        row |= {"attack": arm.replace("\n", " "), "images": len(part)}
+        row |= {"attack": str(arm).replace("\n", " "), "images": len(part)}
         for name in metrics:
             if name in part and part[name].notna().all():
                 row[name] = f"{bootstrap_interval(part[name], groups=part['batch']):.3f}"
