@@ -54,9 +54,10 @@ AXES = {
 
 
 def start(store: Path | str, figures: Path | str, workers: int) -> tuple[Callable, Callable]:
-    """`sweep` and `save_figure` with a notebook's settings; sets the style of figures, and
-    lets tables show long texts whole.
+    """`sweep` and `save_figure` with a notebook's settings; makes the folder of figures, sets
+    their style, and lets tables show long texts whole.
     """
+    Path(figures).mkdir(parents=True, exist_ok=True)
     use_style()
     pandas.options.display.max_colwidth = None
     return partial(sweep, store=store, workers=workers), partial(save_figure, folder=figures)
