@@ -72,6 +72,9 @@ def reproduce(
     private: Annotated[Path | None, _private] = None,
     auxiliary: Annotated[Path | None, _auxiliary] = None,
     budget: Annotated[float | None, _budget] = None,
+    from_scratch: Annotated[
+        bool, Option("--from-scratch", help="Compute what ships again: many hours.")
+    ] = False,
 ):
     """Run the notebooks and regenerate their figures.
 
@@ -80,10 +83,15 @@ def reproduce(
     code is 75: `while gipip reproduce --profile paper --budget 9m; [ $? = 75 ]; do :; done` runs
     all of it in pieces. DLG's attacks and trainings cannot pause; those begun run to their end.
     """
+    from gipip.experiments.shipped import ShippedResults
     from gipip.reproduce import run
 
     folders = {"private": private, "auxiliary": auxiliary}
-    parameters = {name: str(path.resolve()) for name, path in folders.items() if path}
+    parameters: dict = {name: str(path.resolve()) for name, path in folders.items() if path}
+    if from_scratch:
+        parameters["from_scratch"] = True
+        hours = ShippedResults().seconds / 3600
+        print(f"What ships took {hours:.1f} hours of one core, and is computed again here.")
     run(profile, only, in_place=in_place, output=output, parameters=parameters, budget=budget)
 
 
