@@ -166,7 +166,7 @@ def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figur
     numbers = [f"image {number}" for number in range(1, columns + 1)]
     rows = dict(zip(numbers, torch.stack([*shown.values()], dim=1), strict=True))
     across = dict(zip(numbers, zip(*captions.values(), strict=True), strict=True))
-    titles = [textwrap.fill(name, 18) for name in shown]
+    titles = [textwrap.fill(name, 14) for name in shown]
     return image_grid(rows, across, titles, **options)
 
 
