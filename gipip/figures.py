@@ -116,10 +116,8 @@ def image_grid(
         expected = "expected equally many in each, one to eight"
         raise ValueError(f"The rows have {lengths} images: {expected}.")
     captions = {row: (captions or {}).get(row, [""] * lengths[0]) for row in rows}
-    options: dict[str, Any] = {
-        "figsize": (width, min(1.2 * len(rows), 9.5)),
-        "layout": "compressed",
-    }
+    height = min(1.2 * len(rows) + 0.5 * bool(titles), 9.5)
+    options: dict[str, Any] = {"figsize": (width, height), "layout": "compressed"}
     figure, grid = plt.subplots(len(rows), lengths[0], squeeze=False, **options)
     for line, (row, images) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=8)

@@ -123,7 +123,7 @@ def _quality_of_references(drawn: Scenario) -> pandas.DataFrame:
 
 def quality(frame: pandas.DataFrame) -> pandas.DataFrame:
     """The `quality_table` of a frame; what is the same in all rows is printed above it."""
-    return captioned(quality_table(frame).fillna(NOTHING))
+    return captioned(quality_table(frame))
 
 
 def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
@@ -131,6 +131,7 @@ def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
     printed above it instead, and once that single batches have no interval. A table of one row
     keeps its columns.
     """
+    frame = frame.astype(object).fillna(NOTHING)
     plain = frame.replace(r" \(no interval\)$", "", regex=True)
     if not plain.equals(frame):
         print("without an interval: means over a single batch")
@@ -257,7 +258,7 @@ def _differences(comparisons: pandas.DataFrame) -> pandas.DataFrame:
     table = comparisons.assign(difference=[f"{Interval(*each, count=0):+.3f}" for each in ends])
     keys = ["claim", "compared", "images", "count"]
     table = table.pivot_table("difference", keys, "metric", aggfunc="first", sort=False)
-    return captioned(table.fillna(NOTHING).rename_axis(columns=None).reset_index())
+    return captioned(table.rename_axis(columns=None).reset_index())
 
 
 def aurocs(
