@@ -31,7 +31,6 @@ from gipip.experiments.claims import Comparison
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.shares import gradient_shares
-from gipip.experiments.sweep import shipped_results
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
 from gipip.federation.models import last_linear
 from gipip.priors.autoencoder import AnomalyScore, load_prior
@@ -304,15 +303,3 @@ def compare_with_paper(results: Results, compared: str, arm: str) -> Comparison:
     frame = results.select(arm=arm).frame()
     above = bootstrap_interval(frame["psnr"] - published_psnr(), groups=frame["batch"])
     return Comparison(5, compared, "psnr", len(frame), above)
-
-
-def shipped_headline(prior: AnomalyScore, **changes) -> Results:
-    """What ships of the paper's headline: eight photographs, ResNet18, "with" and "without" the
-    anomaly score (see `with_and_without`, which takes `changes`), hours of computation.
-    """
-    pair = with_and_without("imagenet64/resnet18/B=1", [prior], **changes)
-    todo = []
-    for seed in range(8):
-        scenario = Scenario(dataset="imagenet64", model="resnet18", seed=seed)
-        todo += runs([scenario], pair, reseed=False)
-    return shipped_results(todo)
