@@ -23,10 +23,10 @@ from .evaluation.statistics import paired_difference as paired_difference
 from .experiments.results import Results as Results
 from .experiments.scenario import Run as Run
 from .experiments.scenario import Scenario as Scenario
+from .experiments.shipped import ShippedResults as ShippedResults
 from .experiments.store import Result as Result
 from .experiments.store import ResultStore as ResultStore
 from .experiments.sweep import execute as execute
-from .experiments.sweep import shipped_results as shipped_results
 from .experiments.sweep import sweep as sweep
 from .explorer import explore as explore
 from .federation.client import Client as Client

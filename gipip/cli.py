@@ -57,10 +57,23 @@ def _seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-_budget = Option(parser=_seconds, metavar="TIME", help="Pause after 45s, 9m or 2h.")
-_seed = Option(min=0, max=2**63 - 1, help="Of all that is random.")
-_private = Option(exists=True, file_okay=False, help="ImageNet photographs, FOLDER/class/image.")
-_auxiliary = Option(exists=True, file_okay=False, help="The attacker's images, as well.")
+_Attack = Annotated[str, Option("--attack", help="Such as ig; a wrong name lists all.")]
+_Auxiliary = Annotated[
+    Path | None, Option(exists=True, file_okay=False, help="The attacker's images, as well.")
+]
+_Budget = Annotated[
+    float | None, Option(parser=_seconds, metavar="TIME", help="Pause after 45s, 9m or 2h.")
+]
+_Iterations = Annotated[int | None, Option(min=1, help="By default the attack's.")]
+_Model = Annotated[str, Option(help="resnet18, convnet, lenet, or yours as module:function.")]
+_Pictures = Annotated[list[Path] | None, Argument(help="What clients hold.", metavar="PICTURE")]
+_Private = Annotated[
+    Path | None,
+    Option(exists=True, file_okay=False, help="ImageNet photographs, FOLDER/class/image."),
+]
+_Seed = Annotated[int, Option(min=0, max=2**63 - 1, help="Of all that is random.")]
+_Size = Annotated[int, Option(min=32, max=512, help="To which pictures are scaled.")]
+_Weights = Annotated[Path | None, Option(help="Its state_dict, as safetensors.")]
 
 
 @app.command()
@@ -69,9 +82,12 @@ def reproduce(
     only: Annotated[list[str], Option(help="Notebook, such as 02; repeatable.")] = [],  # noqa: B006
     in_place: Annotated[bool, Option("--in-place", help="Keep outputs in the notebooks.")] = False,
     output: Annotated[Path | None, Option(help="Folder of the executed copies.")] = None,
-    private: Annotated[Path | None, _private] = None,
-    auxiliary: Annotated[Path | None, _auxiliary] = None,
-    budget: Annotated[float | None, _budget] = None,
+    private: _Private = None,
+    auxiliary: _Auxiliary = None,
+    budget: _Budget = None,
+    from_scratch: Annotated[
+        bool, Option("--from-scratch", help="Compute what ships again: many hours.")
+    ] = False,
 ):
     """Run the notebooks and regenerate their figures.
 
@@ -80,29 +96,30 @@ def reproduce(
     code is 75: `while gipip reproduce --profile paper --budget 9m; [ $? = 75 ]; do :; done` runs
     all of it in pieces. DLG's attacks and trainings cannot pause; those begun run to their end.
     """
+    from gipip.experiments.shipped import ShippedResults
     from gipip.reproduce import run
 
     folders = {"private": private, "auxiliary": auxiliary}
-    parameters = {name: str(path.resolve()) for name, path in folders.items() if path}
+    parameters: dict = {name: str(path.resolve()) for name, path in folders.items() if path}
+    if from_scratch:
+        parameters["from_scratch"] = True
+        hours = ShippedResults().seconds / 3600
+        print(f"What ships took {hours:.1f} hours of one core, and is computed again here.")
     run(profile, only, in_place=in_place, output=output, parameters=parameters, budget=budget)
 
 
 @app.command()
 def attack(
-    images: Annotated[
-        list[Path] | None, Argument(help="What one client holds.", metavar="PICTURE")
-    ] = None,
+    images: _Pictures = None,
     update: Annotated[Path | None, Option(help="File of SharedUpdate.save, not PICTURE.")] = None,
-    name: Annotated[str, Option("--attack", help="Such as ig; a wrong name lists all.")] = "gipip",
-    model: Annotated[
-        str, Option(help="resnet18, convnet, lenet, or yours as module:function.")
-    ] = "convnet",
-    weights: Annotated[Path | None, Option(help="Its state_dict, as safetensors.")] = None,
-    iterations: Annotated[int | None, Option(min=1, help="By default the attack's.")] = None,
+    name: _Attack = "gipip",
+    model: _Model = "convnet",
+    weights: _Weights = None,
+    iterations: _Iterations = None,
     labels: Annotated[Literal["given", "withheld"], Option(help="By the client.")] = "given",
-    size: Annotated[int, Option(min=32, max=512, help="To which pictures are scaled.")] = 32,
+    size: _Size = 32,
     prior: Annotated[Path | None, Option(help="File of `gipip train`; else what ships.")] = None,
-    seed: Annotated[int, _seed] = 0,
+    seed: _Seed = 0,
     output: Annotated[Path, Option(help="Of a folder a call.")] = Path("results/attack"),
 ):
     """Reconstruct pictures from the gradient that a client with them would share, or has shared.
@@ -113,42 +130,49 @@ def attack(
     --weights if they are in a file. Weights of the attack tuned for CIFAR-10, or at 64 pixels for
     ImageNet, are taken where there are any.
     """
-    from gipip.data.datasets import load_images
-
     if bool(images) == bool(update):
         raise DataError("Give pictures, or an update: gipip attack --update FILE --model …")
     kind = _attack_named(name)
     settings = {"seed": seed} | ({"iterations": iterations} if iterations else {})
     output.mkdir(parents=True, exist_ok=True)
-    if update:
-        shared = gipip.SharedUpdate.load(update)
-        client = _client(model, weights, len(shared.gradients[-1]), shared.image_shape[-1])
-        shared = gipip.SharedUpdate.load(update, client)
-        result = _attacked(kind, client, shared, model, prior, settings)
-        _describe(result)
-        _save_pictures([], result.images, output, name)
-        return
-    paths = images or []
-    batch = load_images(paths, size)
-    client = _client(model, weights, max(10, len(batch)), size)
+    updates = [update] if update else []
+    client, batch, captured = _client_side(model, weights, images, size, updates)
     statistics: Any = "shared" if kind.needs_statistics else "withheld"
-    shared = gipip.Client(client).share(batch, labels=labels, statistics=statistics)
-    result = _attacked(kind, client, shared, model, prior, settings)
-    names = [typer.format_filename(path, shorten=True) for path in paths]
-    metrics = gipip.evaluate(result, batch, model=client).assign(image=names)
-    _describe(result, metrics)
-    _save_pictures(batch.images, result.images[metrics["matched"].tolist()], output, name)
+    if batch:
+        told = {"labels": labels, "statistics": statistics}
+        captured = [gipip.Client(client).share(batch, **told)]
+    result = _attacked(kind, client, captured[0], model, prior, settings)
+    _describe(result)
+    reconstructed = result.images
+    if batch:
+        metrics = gipip.evaluate(result, batch, model=client)
+        names = [typer.format_filename(path, shorten=True) for path in images or ()]
+        typer.echo(_table(metrics.assign(image=names)))
+        reconstructed = reconstructed[metrics["matched"].tolist()]
+    _save_pictures(batch.images if batch else (), reconstructed, output, name)
 
 
-def _client(name: str, weights: Path | None, classes: int, size: int) -> "gipip.ClientModel":
-    """One of gipip's models, or what a function of the user's code returns."""
+def _client_side(
+    name: str, weights: Path | None, images: list[Path] | None, size: int, updates: list[Path]
+) -> "tuple[gipip.ClientModel, gipip.LabeledImages | None, list[gipip.SharedUpdate]]":
+    """The model, one of gipip's or what a function of the user's code returns; the pictures, if
+    any; and the updates, which must be of that model.
+    """
     import torch
 
+    from gipip.data.datasets import load_images
+
+    batch = load_images(images, size) if images else None
+    classes = max(10, len(batch or ()))
+    for first in updates[:1]:
+        update = gipip.SharedUpdate.load(first)
+        classes, size = len(update.gradients[-1]), update.image_shape[-1]
     own = ":" in name
     client = _from_code(name) if own else gipip.build_model(name, classes, image_size=size)
     if weights:
         _load_weights(client, weights)
-    return client.to("cuda" if torch.cuda.is_available() else "cpu")
+    client.to("cuda" if torch.cuda.is_available() else "cpu")
+    return client, batch, [gipip.SharedUpdate.load(path, client) for path in updates]
 
 
 def _from_code(name: str) -> "gipip.ClientModel":
@@ -192,11 +216,16 @@ def _attacked(
     settings: dict,
 ) -> "gipip.Reconstruction":
     """With the prior and the weights that there are for this size and model."""
-    dataset = "imagenet64" if update.image_shape[-1] == 64 else "cifar10"
-    settings |= _prior_setting(kind, prior, dataset, client, update.mode)
+    from gipip.experiments.choices import priors_for
+
+    data = gipip.load_dataset("imagenet64" if update.image_shape[-1] == 64 else "cifar10")
+    if prior:
+        settings |= _loaded(kind, prior)
+    else:
+        settings |= priors_for(kind, data, client, update.mode)
     size = update.batch_size
-    condition = gipip.Scenario(dataset=dataset, model=model, batch_size=size).condition
-    return _tuned_or_default(kind, condition, settings)(client, update)
+    condition = gipip.Scenario(dataset=data.name, model=model, batch_size=size).condition
+    return _configured(kind, condition, settings)(client, update)
 
 
 def _attack_named(name: str) -> "type[gipip.Attack]":
@@ -205,49 +234,35 @@ def _attack_named(name: str) -> "type[gipip.Attack]":
     return gipip.ATTACKS[name]
 
 
-def _prior_setting(
-    kind: "type[gipip.Attack]",
-    file: Path | None,
-    dataset: str,
-    client: "gipip.ClientModel | None" = None,
-    mode: Literal["eval", "train"] = "eval",
-) -> dict:
-    """What the attack knows of natural images: from the file, else what ships for the data set, or
-    a decoder for the client's model, trained within seconds.
-    """
+def _loaded(kind: "type[gipip.Attack]", file: Path) -> dict:
+    """What the attack knows of natural images, from a file."""
     if "prior" not in kind.model_fields:
-        if file:
-            raise DataError(f"The attack {kind.name} takes no prior. Leave --prior out.")
-        return {}
+        raise DataError(f"The attack {kind.name} takes no prior. Leave --prior out.")
     wanted: Any = kind.model_fields["prior"].annotation
-    if file:
-        return {"prior": wanted.load(file)}
-    if client is not None and wanted.kind == "decoder":
-        auxiliary = gipip.load_dataset(dataset).auxiliary()
-        score = gipip.load_prior(dataset).with_offset(0)
-        return {"prior": gipip.train_decoder(client, auxiliary, mode=mode, steps=0), "score": score}
-    name = "cifar10-3.8%" if (wanted.kind, dataset) == ("generator", "cifar10") else dataset
-    return {"prior": wanted.shipped(name)}
+    return {"prior": wanted.load(file)}
 
 
-def _tuned_or_default(kind: "type[gipip.Attack]", condition: str, settings: dict) -> "gipip.Attack":
-    try:
-        return kind.tuned(condition, **settings)
-    except DataError:
+def _configured(kind: "type[gipip.Attack]", condition: str, settings: dict) -> "gipip.Attack":
+    """The attack with these settings, and the weights that were tuned for the condition."""
+    from gipip.experiments.choices import tuned_for
+
+    if not (tuned := tuned_for(kind, condition)):
         none = f"No weights of {kind.__name__} were tuned for {condition}"
         typer.echo(f"{none}: taking the attack's defaults.")
-        return kind(**settings)
+    return kind(**tuned | settings)
 
 
-def _describe(result: "gipip.Reconstruction", metrics=None) -> None:
-    """What the attack took for granted, how it ran, and how close it came, if that is known."""
+def _describe(result: "gipip.Reconstruction") -> None:
+    """What the attack took for granted, and how it ran."""
     assumptions = "; ".join(f"{name}: {value}" for name, value in result.assumptions.items())
     typer.echo(f"\nAssumptions: {assumptions}")
     typer.echo(f"Engine: {result.engine}, {result.seconds:.0f} s")
     for note in result.notes:
         typer.echo(f"Note: {note}")
-    if metrics is not None:
-        typer.echo(metrics.to_string(index=False, float_format="{:.4g}".format))
+
+
+def _table(frame) -> str:
+    return frame.to_string(index=False, float_format="{:.4g}".format)
 
 
 def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
@@ -284,16 +299,12 @@ def _defense(text: str) -> Any:
 
 @app.command()
 def audit(
-    images: Annotated[
-        list[Path] | None, Argument(help="What the clients hold.", metavar="PICTURE")
-    ] = None,
+    images: _Pictures = None,
     update: Annotated[
         list[Path] | None, Option(help="File of SharedUpdate.save; repeatable.")
     ] = None,
-    model: Annotated[
-        str, Option(help="resnet18, convnet, lenet, or yours as module:function.")
-    ] = "convnet",
-    weights: Annotated[Path | None, Option(help="Its state_dict, as safetensors.")] = None,
+    model: _Model = "convnet",
+    weights: _Weights = None,
     defense: Annotated[
         list[Any] | None, Option(parser=_defense, metavar="NAME=STRENGTH", help="Repeatable.")
     ] = None,
@@ -301,7 +312,7 @@ def audit(
     steps: Annotated[int, Option(min=0, help="Of local training; 0 is FedSGD.")] = 0,
     learning_rate: Annotated[float, Option(min=0, help="Of local training.")] = 0.01,
     mode: Annotated[Literal["eval", "train"], Option(help="Of BatchNorm.")] = "eval",
-    size: Annotated[int, Option(min=32, max=512, help="To which pictures are scaled.")] = 32,
+    size: _Size = 32,
     minutes: Annotated[float, Option(min=0.1, help="For all attacks together.")] = 10,
     output: Annotated[Path, Option(help="Folder.")] = Path("results/audit"),
 ):
@@ -311,15 +322,10 @@ def audit(
     each that is given; or of captured updates (--update). What is finished is kept: the same
     command goes on from there.
     """
-    from gipip.data.datasets import load_images
-
-    captured = [gipip.SharedUpdate.load(path) for path in update or ()]
-    batch = load_images(images, size) if images else None
-    classes = len(captured[0].gradients[-1]) if captured else max(10, len(batch or ()))
-    side = captured[0].image_shape[-1] if captured else size
+    client, batch, captured = _client_side(model, weights, images, size, update or [])
     fedavg = gipip.FedAvg(steps=steps, learning_rate=learning_rate) if steps else None
     found = gipip.audit(
-        _client(model, weights, classes, side),
+        client,
         batch,
         updates=captured,
         defenses=defense or (),
@@ -335,8 +341,8 @@ def audit(
 @app.command()
 def data(
     name: Annotated[Literal["cifar10", "imagenet64"] | None, Argument()] = None,
-    private: Annotated[Path | None, _private] = None,
-    auxiliary: Annotated[Path | None, _auxiliary] = None,
+    private: _Private = None,
+    auxiliary: _Auxiliary = None,
 ):
     """List the data and weights at hand; with a name, get more.
 
@@ -362,7 +368,7 @@ def train(
     size: Annotated[int, Option(min=8, max=512, help="Of a folder's images.")] = 64,
     fraction: Annotated[float | None, Option(help="Of the images, such as 0.01.")] = None,
     steps: Annotated[int | None, Option(min=1, help="By default the library's.")] = None,
-    seed: Annotated[int, _seed] = 0,
+    seed: _Seed = 0,
     output: Annotated[Path | None, Option(dir_okay=False, help="In results, if not given.")] = None,
 ):
     """Train what an attacker learns from auxiliary images, for `gipip attack --prior`."""
@@ -379,13 +385,13 @@ def train(
 
 @app.command()
 def tune(
-    name: Annotated[str, Option("--attack", help="Such as ig; a wrong name lists all.")] = "gipip",
+    name: _Attack = "gipip",
     model: Annotated[
         str, Option(help="Untrained resnet18, convnet, convnet16 or lenet.")
     ] = "convnet",
     batch_size: Annotated[int, Option(min=1, help="Images that the client holds.")] = 1,
     dataset: Annotated[str, Option(help="cifar10, or photographs that you prepared.")] = "cifar10",
-    iterations: Annotated[int | None, Option(min=1, help="By default the attack's.")] = None,
+    iterations: _Iterations = None,
     evaluations: Annotated[int, Option(min=1, help="How many points are tried.")] = 24,
     images: Annotated[int | None, Option(min=1, help="By default 16, or 32 from B = 8.")] = None,
     workers: Annotated[int | None, Option(min=1, help="Processes; two, or fewer cores.")] = None,
@@ -398,32 +404,26 @@ def tune(
     the one of highest mean PSNR, and writes both in the format of data/tuned.json. Every finished
     attack is kept in the store: after an interruption the same command goes on where it was.
     """
+    import pandas
+
     from gipip.experiments import tuning
+    from gipip.experiments.choices import priors_for
 
     kind = _attack_named(name)
     statistics = "shared" if kind.needs_statistics else "withheld"
     about = {"dataset": dataset, "model": model, "batch_size": batch_size, "statistics": statistics}
     scenarios = tuning.tuning_units(images, **about)
-    settings = _prior_setting(kind, None, dataset.split("-")[0])
-    if isinstance(settings.get("prior"), gipip.AnomalyScore):
-        settings["prior"] = settings["prior"].with_offset(0)  # as in weights that ship
+    condition = scenarios[0].condition
+    settings: dict[str, Any] = {**priors_for(kind, gipip.load_dataset(dataset))}
     settings |= {"iterations": iterations} if iterations else {}
-    start = _tuned_or_default(kind, scenarios[0].condition, settings)
+    start = _configured(kind, condition, settings)
     how: dict[str, Any] = {"store": store, "workers": workers, "enough": images}
     best, tried = tuning.tune(start, scenarios, evaluations=evaluations, **how)
-    condition = scenarios[0].condition
-    typer.echo(f"\nTried for {condition}:\n{_points(tried)}")
+    points = pandas.DataFrame(tried["settings"].tolist())
+    points = points.join(tried.drop(columns=["condition", "arm", "settings"]))
+    typer.echo(f"\nTried for {condition}:\n{_table(points)}")
     typer.echo(f"Chosen: {', '.join(f'{name} {value:g}' for name, value in best.items())}")
     path = tuning.write_tuned(
         output, f"{kind.__name__} on {condition}", tried, command="gipip tune"
     )
     typer.echo(f"Saved: {path}")
-
-
-def _points(tried) -> str:
-    """A line each: settings, metrics, images and iterations."""
-    import pandas
-
-    settings = pandas.DataFrame(tried["settings"].tolist())
-    measured = tried.drop(columns=["condition", "arm", "settings"])
-    return settings.join(measured).to_string(index=False, float_format="{:.4g}".format)

@@ -23,11 +23,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import gipip
-from gipip.attacks.presets import tuned
 from gipip.data.datasets import load_images
 from gipip.errors import DataError
-from gipip.experiments.arms import EQUAL, defended
-from gipip.priors.base import Prior
+from gipip.experiments.arms import defended
+from gipip.experiments.choices import priors_for, tuned_for
 from gipip.progress import headless, quiet
 
 _NAMES = ("gipip", "ig", "features", "gias", "dlg")
@@ -36,7 +35,6 @@ _NOISE = [defended("noise", std) for std in (0.001, 0.01, 0.1)]
 _OTHERS = [defended("sparsity", 0.9), defended("Soteria", 0.5), defended("DP-SGD", 0.01)]
 _DEFENSES = [("none", ()), *((str(each), (each,)) for each in (*_NOISE, *_OTHERS))]
 _MODELS = ["convnet", "convnet16", "resnet18", "lenet"]
-_GENERATORS = {"cifar10": "cifar10-3.8%"}  # else named like their data set
 _SHOWN = ("private", "reconstruction", "cost")
 _WEIGHTS = ("tv_weight", "as_weight")
 _WIDTH, _HEIGHT = 400, 256  # of a picture at most, in pixels: two fit side by side
@@ -73,7 +71,7 @@ class Explorer:
         self._model = cache(
             partial(gipip.build_model, image_size=data.image_size, mean=data.mean, std=data.std)
         )
-        self._decoder = cache(lambda model: gipip.train_decoder(model, data.auxiliary(), steps=0))
+        self._priors = cache(partial(priors_for, data=data, score=self.prior))
         self.thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._shown = 0.0
@@ -183,7 +181,7 @@ class Explorer:
 
     def _weigh(self, *_) -> None:
         """Offer the weights that were tuned for what is chosen, else the attack's own."""
-        fields, settings = self.attack.value.model_fields, self._tuned()
+        fields, settings = self.attack.value.model_fields, self.tuned
         for name in _WEIGHTS:
             if name in fields:
                 getattr(self, name).value = settings.get(name, fields[name].default)
@@ -191,33 +189,17 @@ class Explorer:
         self.origin.value = f"weights: {whose} for {self.scenario.condition}"
         self._enable()
 
-    def _tuned(self) -> dict[str, float]:
+    @property
+    def tuned(self) -> dict[str, float]:
         """The attack's settings that were tuned for what is chosen, if any were."""
-        kind, condition = self.attack.value, self.scenario.condition
-        for arm in (kind.__name__, EQUAL) if kind is gipip.GIPIP else (kind.__name__,):
-            try:
-                return tuned(arm, condition)
-            except DataError:
-                continue
-        return {}
+        return tuned_for(self.attack.value, self.scenario.condition)
 
     def chosen_attack(self, model: gipip.ClientModel) -> gipip.Attack:
         """The attack on a client's model, with the settings of the controls that it has."""
         kind = self.attack.value
         chosen = {name: getattr(self, name).value for name in ("iterations", *_WEIGHTS)}
-        chosen["score"] = self.prior
-        if "prior" in kind.model_fields:
-            chosen["prior"] = self._prior(kind.model_fields["prior"].annotation, model)
         settings = {name: chosen[name] for name in chosen if name in kind.model_fields}
-        return kind(**self._tuned() | settings)
-
-    def _prior(self, kind: type[Prior], model: gipip.ClientModel) -> Prior:
-        if kind is gipip.FeatureDecoder:
-            self._say("learning, from auxiliary images, to decode this network's features")
-            return self._decoder(model)
-        if kind is gipip.GenerativePrior:
-            return gipip.load_generator(_GENERATORS.get(self.data.name, self.data.name))
-        return self.prior
+        return kind(**self.tuned | self._priors(kind, client=model) | settings)
 
     # Running ------------------------------------------------------------------------
 
@@ -251,6 +233,7 @@ class Explorer:
         model = self._model(self.model.value, max(self.data.num_classes, len(self.batch)))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         update = gipip.Client(model).share(self.batch, defenses=self.defense.value)
+        self._say("preparing what the attack knows of natural images")
         attack = self.chosen_attack(model)
         self._say("running")
         self._costs: list[float] = []

@@ -63,7 +63,7 @@ def run(
     in_place: bool = False,
     output: Path | str | None = None,
     folder: Path | str | None = None,
-    parameters: Mapping[str, str] | None = None,
+    parameters: Mapping[str, object] | None = None,
     budget: float | None = None,
     report: Callable[[str], None] = print,
 ) -> list[Path]:
@@ -119,7 +119,7 @@ def plan(
     profile: str,
     only: Iterable[str] = (),
     folder: Path | str | None = None,
-    parameters: Mapping[str, str] | None = None,
+    parameters: Mapping[str, object] | None = None,
 ) -> dict[str, dict]:
     """The parameters of each chosen notebook, in order: of "all", its own, and the given ones that
     it declares.

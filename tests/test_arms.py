@@ -293,8 +293,3 @@ def test_what_the_full_run_found_is_read_from_where_its_figures_are(
 )
 def test_the_full_run_of_every_notebook_ships_with_the_repository(name):
     assert len(show.found(name)) > 0
-
-
-def test_the_headlines_results_ship():
-    headline = arms.shipped_headline(load_prior("imagenet64").with_offset(0), iterations=1_000)
-    assert len(headline.select(arm="with")) == len(headline.select(arm="without")) == 8

@@ -196,6 +196,14 @@ def test_a_budget_is_in_seconds_minutes_or_hours_and_a_pause_ends_with_75(
     assert (result.exit_code, result.stderr) == (75, "02_inversion is not finished.\n")
 
 
+def test_from_scratch_says_how_long_what_ships_took_and_tells_the_notebooks(monkeypatch):
+    given = []
+    monkeypatch.setattr("gipip.reproduce.run", lambda *_, **options: given.append(options))
+    result = gipip_command("reproduce", "--profile", "cpu", "--from-scratch")
+    assert re.search(r"What ships took \d+\.\d hours of one core", result.output)
+    assert given[0]["parameters"] == {"from_scratch": True}
+
+
 @pytest.mark.parametrize("text", ["soon", "9 minutes", "-5", "m", "1e3", ""])
 def test_a_budget_that_is_no_duration_is_answered_with_examples(text):
     line = fails("reproduce", "--profile", "paper", f"--budget={text}")

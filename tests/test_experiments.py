@@ -23,17 +23,18 @@ from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.data.datasets import LabeledImages, load_dataset, named_tensors
 from gipip.errors import DamagedFileError, DataError, ModelError, StoreError
-from gipip.evaluation.statistics import paired_difference
-from gipip.experiments import sweep as sweeps
+from gipip.evaluation.statistics import bootstrap_interval, paired_difference
 from gipip.experiments import version
+from gipip.experiments.arms import runs, with_and_without
 from gipip.experiments.results import Results, quality_table
 from gipip.experiments.scenario import Run, Scenario
+from gipip.experiments.shipped import ShippedResults, agreement, ship
 from gipip.experiments.store import Result, ResultStore
-from gipip.experiments.sweep import execute, shipped_results, sweep
+from gipip.experiments.sweep import execute, sweep
 from gipip.federation import models
 from gipip.federation.client import FedAvg
 from gipip.federation.defenses import DPSGD, Clipping, GaussianNoise, Soteria, Sparsification
-from gipip.files import read_tensors, write_tensors
+from gipip.files import DATA, read_tensors, write_tensors
 from gipip.priors.autoencoder import AnomalyScore, Autoencoder, load_prior
 
 LENET, SHORT = Scenario(model="lenet"), InvertingGradients(iterations=3)
@@ -684,37 +685,70 @@ def test_a_stored_result_is_loaded_and_not_computed(store, result, monkeypatch):
 
 
 @pytest.fixture
-def shipped(result, store, tmp_path, monkeypatch):
-    """The file of a result that ships, as earlier code computed it."""
-    result.details["made"].pop("code", None)
+def shipped(result, store, tmp_path):
+    """The folder of a result that ships, computed by other code."""
+    result.details["made"]["code"] = "other code"
     store.save(result)
-    monkeypatch.setattr(sweeps, "DATA", tmp_path)
-    (tmp_path / "results").mkdir()
-    path = tmp_path / "results" / f"{result.run.key(code='')}.safetensors"
-    return store.path(result.run).rename(path)
+    ship([store.path(result.run)], tmp_path / "study" / "02.safetensors")
+    store.path(result.run).unlink()
+    return tmp_path / "study"
 
 
-def test_shipped_results_are_those_of_earlier_code_and_nothing_is_computed(
-    shipped, result, monkeypatch
+def test_a_sweep_computes_what_does_not_ship_and_says_what_other_code_computed(
+    shipped, result, store
 ):
-    monkeypatch.setattr(InvertingGradients, "__call__", None)
-    others = [Run("other", LENET.model_copy(update={"seed": seed}), SHORT) for seed in (7, 8)]
-    [found] = results = shipped_results([others[0], result.run, others[1]])
-    assert found.run == result.run and torch.equal(found.images, result.images)
-    assert list(results.frame()["code"]) == ["an earlier version"]
+    other = Run("other", LENET.model_copy(update={"seed": 7}), SHORT)
+    found = sweep([other, result.run], store=store, shipped=ShippedResults(shipped))
+    assert found[1].run == result.run and not store.path(result.run).exists()
+    assert store.path(other).exists() and found[0].details["made"]["code"] != "other code"
+    assert found[1].frame()["code"].tolist() == ["other code"]
 
 
-def test_a_damaged_shipped_result_is_an_error(shipped, result):
-    shipped.write_bytes(b"no tensors")
+def test_what_ships_is_what_was_computed_but_for_images_of_8_bits(shipped, result):
+    found = ShippedResults(shipped).load(result.run)
+    assert (found.images - result.images).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(found.truth, result.truth) and torch.equal(found.labels, result.labels)
+    assert found.metrics.equals(result.metrics)
+    assert ShippedResults(shipped).seconds == result.details["seconds"]
+
+
+def test_a_damaged_file_of_shipped_results_is_an_error(shipped):
+    (shipped / "02.safetensors").write_bytes(b"no tensors")
     with pytest.raises(DamagedFileError, match="no readable safetensors file"):
-        shipped_results([result.run])
+        ShippedResults(shipped)
 
 
-def test_what_ships_is_found_by_the_runs_that_made_it():
+def with_psnr(result, arm, seed, psnr):
+    scenario = LENET.model_copy(update={"seed": seed})
+    run = Run(arm, scenario, SHORT)
+    return dataclasses.replace(result, run=run, metrics=result.metrics.assign(psnr=psnr))
+
+
+def test_agreement_compares_a_sample_with_the_same_batches_of_what_ships(result):
+    ships = Results(with_psnr(result, "IG", seed, 20 + seed) for seed in range(5))
+    again = Results(with_psnr(result, "IG", seed, 20.5 + seed) for seed in range(2))
+    [row] = agreement(ships, again).to_dict("records")
+    assert (row["condition"], row["arm"], row["batches"]) == (LENET.condition, "IG", 2)
+    assert row["sample, as it ships"] == 20.5 and row["sample, here"] == 21
+    interval = bootstrap_interval([20, 21, 22, 23, 24])
+    assert row["difference"] == 0.5 and row["at most"] == (interval.high - interval.low) / 2
+
+
+def test_the_headlines_results_ship():
+    priors = [load_prior("imagenet64").with_offset(0)]
+    pair = with_and_without("imagenet64/resnet18/B=1", priors, iterations=1000)
     scenarios = [Scenario(dataset="imagenet64", model="resnet18", seed=seed) for seed in range(8)]
-    attack = InvertingGradients.tuned(scenarios[0].condition, iterations=1000)
-    found = shipped_results(Run("IG", scenario, attack) for scenario in scenarios)
-    assert len(found) == 8 and set(found.frame()["code"]) == {"an earlier version"}
+    there = ShippedResults()
+    assert all(there.load(run) for run in runs(scenarios, pair, reseed=False))
+
+
+def test_a_file_of_shipped_results_holds_one_version_of_each_attacks_code():
+    for path in (DATA / "study").glob("*.safetensors"):
+        versions = {}
+        for about in read_tensors(path)[1].values():
+            attack = about["config"]["attack"]["name"]
+            versions.setdefault(attack, set()).add(about["made"]["code"])
+        assert versions and all(len(each) == 1 for each in versions.values())
 
 
 def test_an_interrupted_attack_stores_nothing_passes_the_interrupt_on_and_restores_the_threads(

@@ -125,10 +125,15 @@ class Run:
         """Hash of the configuration, the private images, the client's weights, the prior (which the
         attack names) and the version of the `code` that computes, by default the present one's.
         """
-        model, batch = _fingerprints(self.scenario)
-        about = self.config() | {"model": model, "batch": batch}
         version = code_version(type(self.attack)) if code is None else code
-        return fingerprint({}, canonical_json(about) + version)[:32]
+        return result_key(self.config(), self.scenario, version)
+
+
+def result_key(config: dict, scenario: Scenario, code: str) -> str:
+    """32 hex digits, from the `config` of a run on a scenario: see `Run.key`."""
+    model, batch = _fingerprints(scenario)
+    about = config | {"model": model, "batch": batch}
+    return fingerprint({}, canonical_json(about) + code)[:32]
 
 
 @functools.cache

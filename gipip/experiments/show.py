@@ -1,6 +1,6 @@
 """How notebooks show what they find: tables, pictures, charts, claims and checks.
 
-sweep, save = start(store, figures, workers)
+sweep, save = start(store, figures, workers, from_scratch)
 frame = with_references(results)
 quality(frame)
 save("02_images", pictures({arm: results.select(arm=arm) for arm in ("IG", "GIPIP")}))
@@ -33,6 +33,7 @@ from gipip.experiments.claims import Comparison, save_findings
 from gipip.experiments.endpoints import Endpoint
 from gipip.experiments.results import ASSUMPTIONS, Results, quality_table
 from gipip.experiments.scenario import Scenario
+from gipip.experiments.shipped import ShippedResults
 from gipip.experiments.sweep import sweep
 from gipip.federation.models import Images
 from gipip.figures import PAGE, image_grid, interval_dots, paired_effect, save_figure, use_style
@@ -63,13 +64,19 @@ AXES = {
 """Labels of the paper's charts whose names alone do not say enough."""
 
 
-def start(store: Path | str, figures: Path | str, workers: int) -> tuple[Callable, Callable]:
-    """`sweep` and `save_figure` with a notebook's settings; sets the style of figures, and
-    lets tables show long texts whole.
+def start(
+    store: Path | str, figures: Path | str, workers: int, from_scratch: bool = False
+) -> tuple[Callable, Callable]:
+    """`sweep` and `save_figure` with a notebook's settings; makes the folder of figures, sets
+    their style, and lets tables show long texts whole. Results that ship are loaded, unless
+    `from_scratch`.
     """
+    Path(figures).mkdir(parents=True, exist_ok=True)
     use_style()
     pandas.options.display.max_colwidth = None
-    return partial(sweep, store=store, workers=workers), partial(save_figure, folder=figures)
+    shipped = None if from_scratch else ShippedResults()
+    swept = partial(sweep, store=store, workers=workers, shipped=shipped)
+    return swept, partial(save_figure, folder=figures)
 
 
 class Frames:
@@ -136,7 +143,8 @@ def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
     if not plain.equals(frame):
         print("without an interval: means over a single batch")
     said = plain.where(plain != NOTHING)
-    same = [name for name in plain if len(plain) > 1 and said[name].nunique() == 1]
+    names = map(str, plain)
+    same = [name for name in names if len(plain) > 1 and said[name].nunique() == 1]
     for name in same:
         print(f"{NAMES.get(name, name)}: {said[name].dropna().iloc[0]}")
     return plain.drop(columns=same).rename(columns=NAMES)

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, as_completed
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,9 +22,10 @@ from gipip.evaluation.metrics import evaluate
 from gipip.experiments.pool import Processes
 from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run
-from gipip.experiments.store import Result, ResultStore, read_result
+from gipip.experiments.shipped import ShippedResults
+from gipip.experiments.store import Result, ResultStore
 from gipip.experiments.version import code_version
-from gipip.files import DATA, canonical_json
+from gipip.files import canonical_json
 from gipip.progress import progress, quiet, require_time, time_limit
 
 
@@ -106,30 +106,15 @@ def provenance() -> dict:
     }
 
 
-def shipped_results(runs: Iterable[Run]) -> Results:
-    """Those of the runs whose results ship with gipip (`data/results`), because they take hours.
-
-    An earlier version of the code computed their images; only the metrics are computed here.
-    """
-    found = []
-    for run in runs:
-        path = DATA / "results" / f"{run.key(code='')}.safetensors"
-        if path.exists():
-            result = read_result(path, run)
-            pool = run.scenario.candidates()
-            measured = evaluate(result.images, result.truth, pool=pool)
-            found.append(replace(result, metrics=measured))
-    return Results(found)
-
-
 def sweep(
     runs: Iterable[Run],
     *,
     store: Path | str | ResultStore,
     executor: Executor | None = None,
     workers: int | None = None,
+    shipped: ShippedResults | None = None,
 ) -> Results:
-    """Execute runs side by side; those whose results are in the store are only loaded.
+    """Execute runs side by side; those whose results are `shipped` or in the store are only loaded.
 
     `executor`: where they are computed, any of `concurrent.futures`' interface, such as dask's
     `Client.get_executor()`; its workers must see the same store folder. By default processes on
@@ -147,7 +132,8 @@ def sweep(
     if not all(isinstance(run, Run) for run in runs) or (workers is not None and workers < 1):
         raise SweepError("A sweep takes gipip.Run objects and a positive number of workers.")
     store = store if isinstance(store, ResultStore) else ResultStore(store)
-    found = [store.load(run) for run in progress(runs, description="reading results")]
+    load = partial(_load, store=store, shipped=shipped)
+    found = [load(run) for run in progress(runs, description="reading results")]
     left = {run.key(): run for run, result in zip(runs, found, strict=True) if result is None}
     failures = []
     if left and time.time() < time_limit():
@@ -161,7 +147,7 @@ def sweep(
         kept = f"the other results are stored in {store.folder}"
         listing = "\n".join(failures)
         raise SweepError(f"{len(failures)} of {len(runs)} runs failed; {kept}:\n{listing}")
-    return Results(_all_of(runs, store))
+    return Results(_all_of(runs, store, load))
 
 
 def _failures(runs: list[Run], store: ResultStore, executor: Executor) -> list[str]:
@@ -200,8 +186,14 @@ def _work_of(run: Run) -> int:
     return run.attack.iterations * run.attack.restarts * run.scenario.batch_size
 
 
-def _all_of(runs: list[Run], store: ResultStore) -> list[Result]:
-    found = [(run, store.load(run)) for run in runs]
+def _load(run: Run, store: ResultStore, shipped: ShippedResults | None) -> Result | None:
+    return (shipped.load(run) if shipped else None) or store.load(run)
+
+
+def _all_of(
+    runs: list[Run], store: ResultStore, load: Callable[[Run], Result | None]
+) -> list[Result]:
+    found = [(run, load(run)) for run in runs]
     left = {run.key() for run, result in found if result is None}
     if left and time.time() >= time_limit():
         whole = len({run.key() for run in runs})

@@ -1,0 +1,88 @@
+"""Results that ship with gipip because they take hours: files that `data/ship_results.py` made.
+
+results = gipip.sweep(runs, store="results", shipped=gipip.ShippedResults())
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas
+import torch
+
+from gipip.evaluation.statistics import bootstrap_interval
+from gipip.experiments.results import Results
+from gipip.experiments.scenario import Run, Scenario, result_key
+from gipip.experiments.store import Result
+from gipip.files import DATA, read_tensors, write_tensors
+
+
+class ShippedResults:
+    """Those in all files of a folder, found by their runs.
+
+    Images have 8 bits a channel, and there is no history; metrics are those of the images as they
+    were computed. An earlier version of the code may have computed them: the column `code` of their
+    frame says which. Raises DamagedFileError for a file that is not as it was written.
+    """
+
+    def __init__(self, folder: Path | str = DATA / "study"):
+        self._images: dict[str, torch.Tensor] = {}
+        self._about: dict[str, dict] = {}
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            images, about = read_tensors(path)
+            self._images |= images
+            self._about |= about
+
+    @property
+    def seconds(self) -> float:
+        """That all of them together took to compute."""
+        return sum(details["seconds"] for details in self._about.values())
+
+    def load(self, run: Run) -> Result | None:
+        """The result of a run, or None if it does not ship."""
+        key = run.key(code="")
+        if key not in self._images:
+            return None
+        details = dict(self._about[key])
+        return Result(
+            run,
+            self._images[key] / 255,
+            run.scenario.batch().images,
+            torch.tensor(details.pop("labels")),
+            {},
+            pandas.DataFrame(details.pop("metrics")),
+            details,
+        )
+
+
+def ship(results: Iterable[Path], target: Path | str) -> Path:
+    """Write the results in files of a store to one file, which `ShippedResults` reads."""
+    images, about = {}, {}
+    for path in results:
+        tensors, details = read_tensors(path)
+        config = details["config"]
+        key = result_key(config, Scenario(**config["scenario"]), code="")
+        images[key] = (tensors["images"] * 255).round().to(torch.uint8)
+        about[key] = details | {"labels": tensors["labels"].tolist()}
+    return write_tensors(target, images, about)
+
+
+def agreement(shipped: Results, again: Results) -> pandas.DataFrame:
+    """Whether a sample that was computed again comes out as it ships: a row for each condition and
+    arm of the sample.
+
+    The columns: mean PSNR (dB) of all that ships, with its 95 % interval over batches; of the
+    sample as it ships, and as it came out here; their difference; and half the interval, which is
+    the most that it may be.
+    """
+    rows = []
+    sampled = dict.fromkeys((each.run.scenario.condition, each.run.arm) for each in again)
+    for condition, arm in sampled:
+        about = {"condition": condition, "arm": arm}
+        whole, here = (each.select(**about).frame() for each in (shipped, again))
+        there = whole[whole["seed"].isin(here["seed"])]
+        interval = bootstrap_interval(whole["psnr"], groups=whole["batch"])
+        row = about | {"batches": here["seed"].nunique(), "all that ships": f"{interval:.2f}"}
+        row |= {"sample, as it ships": there["psnr"].mean(), "sample, here": here["psnr"].mean()}
+        row["difference"] = row["sample, here"] - row["sample, as it ships"]
+        rows.append(row | {"at most": (interval.high - interval.low) / 2})
+    return pandas.DataFrame(rows)
