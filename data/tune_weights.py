@@ -127,27 +127,32 @@ class Study(NamedTuple):
     conditions: list[dict]
     iterations: int
     dataset: str = "cifar10"
+    evaluations: int = 24  # of each arm and condition
+
+
+def _on(model: str, sizes: Iterable[int] = (1, 4, 8)) -> list[dict]:
+    return [{"model": model, "batch_size": size} for size in sizes]
 
 
 _SMALL = {"model": "convnet16"}
-_BATCHES = [_SMALL | {"batch_size": size} for size in (1, 4, 8)]
-_NETWORKS = [batch | {"model": model} for model in ("convnet", "resnet18") for batch in _BATCHES]
 _SIZES = [
     _SMALL | {"batch_size": size, "distinct_labels": size <= 10} for size in (1, 2, 4, 8, 12, 16)
 ]
 _EPOCHS = [_SMALL | {"epochs": epochs} for epochs in (40, 60, 80, 100)]
 _DEFENDED = [_SMALL | {"defenses": (defense,)} for defense in DEFENSES]
 _FOUR = _SMALL | {"batch_size": 4}
-_RESNET = [{"model": "resnet18"}]
 
 STUDIES = {
-    "main": Study(each_at_its_best, _NETWORKS, 300),  # 02
+    "main": Study(each_at_its_best, _on("convnet"), 300),  # 02
+    "resnet18-1": Study(each_at_its_best, _on("resnet18", [1]), 300, evaluations=5),  # 02, claim 1
+    "resnet18-4": Study(each_at_its_best, _on("resnet18", [4]), 300, evaluations=5),  # 02, claim 1
+    "resnet18-8": Study(each_at_its_best, _on("resnet18", [8]), 300, evaluations=5),  # 02, claim 1
     "conditions": Study(equal_tv, _SIZES + _EPOCHS, 100),  # 03
     "variants": Study(variants, [_FOUR], 100),  # 03
     "gan": Study(generators, [_FOUR | {"statistics": "shared"}], 100),  # 04
     "defenses": Study(adaptive, _DEFENDED, 100),  # 05
-    "imagenet64": Study(three_arms, _BATCHES, 100, "imagenet64"),  # 06
-    "imagenet64-resnet18": Study(three_arms, _RESNET, 500, "imagenet64"),  # 06
+    "imagenet64": Study(three_arms, _on("convnet16"), 100, "imagenet64"),  # 06
+    "imagenet64-resnet18": Study(three_arms, _on("resnet18", [1]), 500, "imagenet64"),  # 06
     "imagenet64-gan": Study(generators_of_photographs, [_SMALL], 100, "imagenet64"),  # 06
 }
 
@@ -189,7 +194,8 @@ def main() -> None:
     study = STUDIES[asked.study]
     arms = study_arms(study, asked.iterations)
     dataset = asked.dataset or study.dataset
-    tried = tune_all(study, dataset, arms, store=asked.store, workers=asked.workers)
+    options = {"evaluations": study.evaluations, "store": asked.store, "workers": asked.workers}
+    tried = tune_all(study, dataset, arms, **options)
     about = {"command": f"python data/tune_weights.py {asked.study}", "dataset": dataset}
     print(f"Saved: {write_tuned(asked.output, asked.study, tried, **about)}")
 

@@ -31,10 +31,11 @@ LABELS = {
     "ssim": "SSIM, higher is better",
     "ssim_padded": "SSIM with zero-padded border, higher is better",
     "lpips": "LPIPS, lower is better",
-    "identified": "identified (share), higher is better",
+    "identified": "identified (share),\nhigher is better",
 }
 """Axis labels of the metrics; any other column is labelled with its name."""
 
+_LETTER = 0.6  # width, in units of the font size
 _MARKERS = "osD^vPX"
 _GREY = "0.4"
 
@@ -44,9 +45,11 @@ _GREY = "0.4"
 
 def use_style() -> None:
     """Set the one style of all figures for this session: colour-blind-safe palette, 8 to
-    9 point type, light grid.
+    9 point type, light grid, no frame.
     """
     rc = {
+        "axes.spines.right": False,
+        "axes.spines.top": False,
         "grid.linewidth": 0.5,
         "legend.frameon": False,
         "figure.dpi": 80,
@@ -105,14 +108,16 @@ def image_grid(
 
     `captions`: for any of the rows a text under each of its images, such as "18.9 dB".
     `titles`: a text over each column. `width` in inches; an image is at most an inch
-    wide. Raises ValueError for rows of different length, or of more than eight images.
+    wide, and smaller where the rows would not fit on a page. Raises ValueError for rows
+    of different length, or of more than eight images.
     """
     lengths = [len(images) for images in rows.values()]
     if len({*lengths}) != 1 or not 1 <= lengths[0] <= 8:
         expected = "expected equally many in each, one to eight"
         raise ValueError(f"The rows have {lengths} images: {expected}.")
     captions = {row: (captions or {}).get(row, [""] * lengths[0]) for row in rows}
-    options: dict[str, Any] = {"figsize": (width, 1.2 * len(rows)), "layout": "compressed"}
+    height = min(1.2 * len(rows) + 0.5 * bool(titles), 9.5)
+    options: dict[str, Any] = {"figsize": (width, height), "layout": "compressed"}
     figure, grid = plt.subplots(len(rows), lengths[0], squeeze=False, **options)
     for line, (row, images) in zip(grid, rows.items(), strict=True):
         line[0].set_ylabel(row, rotation=0, ha="right", va="center", fontsize=8)
@@ -137,8 +142,8 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     `histories`: for each attack its `Reconstruction.history`.
     """
     curves = [
-        pd.DataFrame({"arm": arm, "term": term, "value": values.detach().cpu().numpy()})
-        for arm, history in histories.items()
+        pd.DataFrame({"attack": attack, "term": term, "value": values.detach().cpu().numpy()})
+        for attack, history in histories.items()
         for term, values in history.items()
     ]
     if not curves:
@@ -147,7 +152,7 @@ def cost_curves(histories: Mapping[str, Mapping[str, Tensor]]) -> Figure:
     drawn = table.assign(evaluation=table["iteration"] + 1)
     style: dict[str, Any] = {"kind": "line", "estimator": None, "facet_kws": {"sharey": False}}
     style |= {"height": 2.2, "aspect": 2.9 / table["term"].nunique()}
-    grid = seaborn.relplot(drawn, x="evaluation", y="value", hue="arm", col="term", **style)
+    grid = seaborn.relplot(drawn, x="evaluation", y="value", hue="attack", col="term", **style)
     grid.set(xscale="log").set_titles("{col_name}").set_ylabels("weighted cost")
     for panel in grid.axes.flat:
         if panel.dataLim.y1 > 0:  # a term of weight 0 is all 0
@@ -188,11 +193,11 @@ def interval_dots(
     order = places.sort_values() if pd.api.types.is_numeric_dtype(places) else places
     parts = table.groupby(panel or (lambda row: ""), sort=False)
     figure, panels = _panels(width, 3, len(parts), sharey=True)
-    inches = (width - 1) / len(parts) / len(order)  # about the room of a place
-    step = 3 if joined else min(9, 60 * inches / len(arms))
+    room = 72 * (width - 1.5) / len(parts) / len(order)  # of a place, in points
+    step = 3 if joined else min(9, 0.7 * room / len(arms))
     for axes, (title, part) in zip(panels, parts, strict=True):
         part = part.sort_values(x, key=order.get_indexer)
-        positions = _positions(axes, part[x], xscale, letters=int(15 * inches))
+        positions = _positions(axes, part[x], xscale, room)
         _draw_dots(axes, part.set_index([positions, hue]), arms, step, "-" if joined else "")
         for value in (references or {}).values() if part["count"].any() else ():
             axes.axhline(value, color=_GREY, linewidth=0.8, linestyle="--", zorder=1)
@@ -304,9 +309,10 @@ def _interval(part: pd.DataFrame, y: str) -> pd.Series:
     return pd.Series(interval._asdict() | {"images": batches.count()})
 
 
-def _positions(axes: Axes, values: pd.Series, xscale: str, letters: int) -> np.ndarray:
-    """Where each value is on the horizontal axis, which gets a tick there, labelled in
-    lines of so many letters.
+def _positions(axes: Axes, values: pd.Series, xscale: str, room: float) -> np.ndarray:
+    """Where each value is on the horizontal axis, which gets a tick there. Its label is
+    broken between words, and as small as its longest word needs, to be no wider than
+    `room` points.
     """
     positions, places = pd.factorize(values)
     if xscale == "log":
@@ -316,9 +322,11 @@ def _positions(axes: Axes, values: pd.Series, xscale: str, letters: int) -> np.n
     else:
         axes.set_xlim(-0.5, len(places) - 0.5)
         axes.grid(axis="x", visible=False)
-    lines = textwrap.TextWrapper(max(1, letters), break_long_words=False)
-    labels = [lines.fill(_text(place)) for place in places]
-    axes.set_xticks(np.unique(positions), labels)
+    texts = [_text(place) for place in places]
+    letters = max(len(word) for text in texts for word in text.split())
+    size = min(8, room / letters / _LETTER)
+    lines = textwrap.TextWrapper(max(1, int(room / size / _LETTER)), break_long_words=False)
+    axes.set_xticks(np.unique(positions), map(lines.fill, texts), fontsize=size)
     axes.minorticks_off()
     return positions
 

@@ -21,7 +21,7 @@ class FeatureInversion(InvertingGradients):
     x_D, the start, is what `prior`, the decoder of this very client model, makes of them; with
     `iterations=0` it is the result. F(x) = ‖h(x) − h‖², relative to the variance of features, mean
     over the batch. Where h is exact, F says all that the last layer's gradient does, image by
-    image, and g is matched without that layer.
+    image, and g is matched without that layer (unless λ_F is 0).
 
     `feature_weight`: λ_F. `pull_weight`: λ_D. `score`: an anomaly score, of weight `as_weight`.
     """
@@ -55,7 +55,8 @@ class FeatureInversion(InvertingGradients):
         expected = self.prior.expected(found.features, found.covariance, found.known)
         features, trust = (part.to(view.target[0]) for part in expected)
         view.labels = found.labels.to(view.target[0].device)
-        view.apart = view.last_linear if found.status == "exact" else ""
+        told = found.status == "exact" and self.feature_weight > 0
+        view.apart = view.last_linear if told else ""
         view.start = {
             "images": view.model.normalize(view.place(self.prior)(features)),
             "features": features,

@@ -13,15 +13,18 @@ A *condition* is what weights are tuned for (`Scenario.condition`).
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import pandas
+import torch
+from torch.nn.functional import interpolate
 
 from gipip.attacks.base import Attack
 from gipip.attacks.feature_inversion import FeatureInversion
+from gipip.attacks.features import recover_features
 from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
-from gipip.data.datasets import load_dataset
+from gipip.data.datasets import LabeledImages, load_dataset
 from gipip.evaluation.published import published_psnr
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
 from gipip.experiments.claims import Comparison
@@ -29,8 +32,10 @@ from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario
 from gipip.experiments.shares import gradient_shares
 from gipip.federation.defenses import DPSGD, Defense, GaussianNoise, Soteria, Sparsification
+from gipip.federation.models import last_linear
 from gipip.priors.autoencoder import AnomalyScore, load_prior
 from gipip.priors.decoder import train_decoder
+from gipip.priors.gan import load_generator
 
 SEEDS = 3
 """Of clients and priors, over which units vary."""
@@ -39,6 +44,9 @@ EQUAL = "GIPIP at equal TV weight"
 """The arm of data/tuned.json that adds the anomaly score (c = 0) to tuned Inverting
 Gradients and changes nothing else.
 """
+
+GROUPS = {"animals": (2, 3, 4, 5, 6, 7), "vehicles": (0, 1, 8, 9)}
+"""CIFAR-10's classes in two kinds."""
 
 METRICS = ("psnr", "ssim")
 """By which arms are compared."""
@@ -49,12 +57,11 @@ Arm = Attack | Sequence[Attack]
 
 def units(count: int, **about) -> list[Scenario]:
     """Scenarios on the first `count` batches; `about`: the other fields of `Scenario`. Untrained
-    clients have weights of three seeds in turn.
+    clients have weights of three seeds in turn, unless `about` names a `model_seed`.
     """
-    trained = about.get("epochs", 0)
+    clients = 1 if about.get("epochs") else SEEDS
     return [
-        Scenario(seed=unit, model_seed=0 if trained else unit % SEEDS, **about)
-        for unit in range(count)
+        Scenario(**{"seed": unit, "model_seed": unit % clients} | about) for unit in range(count)
     ]
 
 
@@ -99,24 +106,132 @@ def equal_tv(scenarios: Iterable[Scenario], priors: Sequence[AnomalyScore], **ch
     return todo
 
 
-def from_features(
-    scenarios: Sequence[Scenario], scores: Sequence[AnomalyScore], iterations: int, **training
-) -> dict[str, Arm]:
-    """The features attack on scenarios of one condition: "decoded" alone, "refined", and "refined,
-    with AS", the anomaly score of the same seed. Each client model gets its own decoder.
+def decoded(
+    scenarios: Sequence[Scenario], auxiliary: LabeledImages | None = None, **training
+) -> list[FeatureInversion]:
+    """The features attack without iterations on scenarios of one condition. Each client model gets
+    its own decoder, for the `auxiliary` images (none given: see `auxiliary_images`).
 
-    `training`: settings of `train_decoder`. Under a defence, only entries that are not zero are
-    matched.
+    `training`: settings of `train_decoder`. Under a defence, only entries that are not zero would
+    be matched.
     """
-    refined, scored = [], []
-    for scenario, score in zip(scenarios[:SEEDS], scores, strict=False):
-        client, auxiliary = scenario.client_model(), load_dataset(scenario.dataset).auxiliary()
-        decoder = train_decoder(client, auxiliary, mode=scenario.mode, **training)
-        about: dict[str, Any] = {"iterations": iterations, "masked": bool(scenario.defenses)}
-        refined.append(FeatureInversion(prior=decoder, **about))
-        scored.append(FeatureInversion(prior=decoder, score=score, **about))
-    decoded = [attack.model_copy(update={"iterations": 0}) for attack in refined]
-    return {"decoded": decoded, "refined": refined, "refined, with AS": scored}
+    attacks = []
+    for scenario in scenarios[:SEEDS]:
+        own = auxiliary_images(scenario.dataset) if auxiliary is None else auxiliary
+        client, masked = scenario.client_model(), bool(scenario.defenses)
+        decoder = train_decoder(client, own, mode=scenario.mode, **training)
+        attacks.append(FeatureInversion(prior=decoder, iterations=0, masked=masked))
+    return attacks
+
+
+def from_features(
+    start: Sequence[FeatureInversion], scores: Sequence[AnomalyScore], iterations: int
+) -> dict[str, Arm]:
+    """The features attack from what `decoded` gives, the `start`: that alone, "refined", and
+    "refined, with AS", the anomaly score of the same seed.
+    """
+    refined = [attack.model_copy(update={"iterations": iterations}) for attack in start]
+    pairs = zip(refined, scores, strict=False)
+    scored = [attack.model_copy(update={"score": score}) for attack, score in pairs]
+    return {"decoded": start, "refined": refined, "refined, with AS": scored}
+
+
+def started(
+    attacks: Mapping[str, Arm], start: Sequence[FeatureInversion]
+) -> dict[str, list[FeatureInversion]]:
+    """Inverting Gradients and GI-PIP, with all their settings, from what `decoded` gives (the
+    `start`) instead of from noise. Each is named "…, decoded start".
+    """
+    return {
+        f"{name}, decoded start": _started(arm if isinstance(arm, Sequence) else [arm], start)
+        for name, arm in attacks.items()
+    }
+
+
+def _started(
+    attacks: Sequence[Attack], start: Sequence[FeatureInversion]
+) -> list[FeatureInversion]:
+    made = []
+    for number, decoded in enumerate(start):
+        attack = attacks[number % len(attacks)]
+        about = attack.model_dump(include={*InvertingGradients.model_fields})
+        about |= {"feature_weight": 0.0, "pull_weight": 0.0}
+        if isinstance(attack, GIPIP):
+            about |= {"score": attack.prior, "as_weight": attack.as_weight}
+        made.append(decoded.model_copy(update=about))
+    return made
+
+
+def decoding(
+    sizes: Iterable[tuple[int, int]], store: Path | str | None = None, **about
+) -> list[Run]:
+    """Batches of one client only decoded, by a regression, for each batch size and its number of
+    batches. `about`: the scenarios' other fields.
+    """
+    todo = []
+    for size, count in sizes:
+        scenarios = units(count, model_seed=0, batch_size=size, **about)
+        todo += runs(scenarios, {"decoded": decoded(scenarios, steps=0, store=store)})
+    return todo
+
+
+def decoding_from(
+    auxiliary: Mapping[str, LabeledImages], count: int, store: Path | str | None = None, **about
+) -> list[Run]:
+    """As `decoding`, `count` batches of four animals and as many of four vehicles, with decoders
+    for each of several sets of `auxiliary` images, which name the arms.
+    """
+    todo = []
+    for classes in GROUPS.values():
+        scenarios = units(count, model_seed=0, batch_size=4, classes=classes, **about)
+        for name, images in auxiliary.items():
+            todo += runs(scenarios, {name: decoded(scenarios, images, steps=0, store=store)})
+    return todo
+
+
+def recovery(scenarios: Iterable[Scenario]) -> pandas.DataFrame:
+    """How exactly features are recovered: a row for each scenario, whose last column, the largest
+    relative error of an image's, needs the private images.
+    """
+    rows = []
+    for scenario in scenarios:
+        model = scenario.client_model()
+        found = recover_features(model, scenario.update(model))
+        inputs = model.normalize(scenario.batch().images)
+        true = last_linear(model.network, inputs)[1].detach().double()
+        error = ((found.features - true).norm(dim=1) / true.norm(dim=1)).max().item()
+        seen = {"status": found.status, "residual": f"{found.residual:.0e}"}
+        size = {"batch size": scenario.batch_size}
+        rows.append(size | seen | {"largest relative error": f"{error:.0e}"})
+    return pandas.DataFrame(rows)
+
+
+def auxiliary_images(dataset: str) -> LabeledImages:
+    """Those of a data set; for one that has none, as "imagenet64", those of CIFAR-10, enlarged."""
+    data = load_dataset(dataset)
+    if len(data.auxiliary_pool):
+        return data.auxiliary()
+    return resized(load_dataset("cifar10").auxiliary(), data.image_size)
+
+
+def sources(shares: Iterable[float], count: int = 760) -> dict[str, LabeledImages]:
+    """Auxiliary images by name: several shares of CIFAR-10's training images, as many as `count` of
+    its animals or vehicles, and of what a generator of photographs makes, shrunk.
+    """
+    data = load_dataset("cifar10")
+    found = {f"{100 * share:g} %": data.auxiliary(share) for share in shares}
+    pool = data.auxiliary()
+    for name, classes in GROUPS.items():
+        found[f"{name} only"] = pool[torch.isin(pool.labels, torch.tensor(classes))][:count]
+    made = load_generator("imagenet64").sample(count)
+    labels = torch.zeros(count, dtype=torch.int64)
+    return found | {"generated photos": resized(LabeledImages(made, labels), data.image_size)}
+
+
+def resized(images: LabeledImages, size: int) -> LabeledImages:
+    """At size × size pixels."""
+    pixels = interpolate(images.images, size=size, mode="bilinear", antialias=True)
+    return LabeledImages(pixels.clamp(0, 1), images.labels, images.indices)
 
 
 def defended(kind: str, strength: float) -> Defense:

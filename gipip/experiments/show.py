@@ -10,8 +10,8 @@ findings("02_inversion", [endpoint], comparisons, figures)
 found("02_inversion_comparisons")
 """
 
-import itertools
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -43,6 +43,16 @@ from gipip.priors.gan import GenerativePrior
 NOTHING = "–"
 """In tables, where a column does not apply."""
 
+NAMES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "ssim_padded": "SSIM, padded",
+    "lpips": "LPIPS",
+    "compared": "comparison",
+    "count": "batches",
+}
+"""What tables call the columns of frames and files."""
+
 FIGURES = Path(__file__).parents[2] / "figures"
 """Figures and tables of the full run, in a checkout; a wheel has none."""
 
@@ -57,9 +67,11 @@ AXES = {
 def start(
     store: Path | str, figures: Path | str, workers: int, from_scratch: bool = False
 ) -> tuple[Callable, Callable]:
-    """`sweep` and `save_figure` with a notebook's settings; sets the style of figures, and
-    lets tables show long texts whole. Results that ship are loaded, unless `from_scratch`.
+    """`sweep` and `save_figure` with a notebook's settings; makes the folder of figures, sets
+    their style, and lets tables show long texts whole. Results that ship are loaded, unless
+    `from_scratch`.
     """
+    Path(figures).mkdir(parents=True, exist_ok=True)
     use_style()
     pandas.options.display.max_colwidth = None
     shipped = None if from_scratch else ShippedResults()
@@ -118,18 +130,24 @@ def _quality_of_references(drawn: Scenario) -> pandas.DataFrame:
 
 def quality(frame: pandas.DataFrame) -> pandas.DataFrame:
     """The `quality_table` of a frame; what is the same in all rows is printed above it."""
-    return captioned(quality_table(frame).fillna(NOTHING))
+    return captioned(quality_table(frame))
 
 
 def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """The table without those of its columns that say the same in every row that says anything:
-    these are printed above it. One of a single row stays whole.
+    """The table for readers, with `NAMES`. What its columns say in every row that says anything is
+    printed above it instead, and once that single batches have no interval. A table of one row
+    keeps its columns.
     """
-    said = frame.where(frame != NOTHING)
-    same = [name for name in frame if len(frame) > 1 and said[name].nunique() == 1]
+    frame = frame.astype(object).fillna(NOTHING)
+    plain = frame.replace(r" \(no interval\)$", "", regex=True)
+    if not plain.equals(frame):
+        print("without an interval: means over a single batch")
+    said = plain.where(plain != NOTHING)
+    names = map(str, plain)
+    same = [name for name in names if len(plain) > 1 and said[name].nunique() == 1]
     for name in same:
-        print(f"{name}: {said[name].dropna().iloc[0]}")
-    return frame.drop(columns=same)
+        print(f"{NAMES.get(name, name)}: {said[name].dropna().iloc[0]}")
+    return plain.drop(columns=same).rename(columns=NAMES)
 
 
 def dots(frame: pandas.DataFrame, x: str, metric: str, arm: str = "arm", **options) -> Figure:
@@ -142,16 +160,23 @@ def dots(frame: pandas.DataFrame, x: str, metric: str, arm: str = "arm", **optio
 
 
 def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figure:
-    """The private images and, in a row each, what was recovered of them, with its PSNR:
-    the first `columns` images that all rows have. `options`: of `image_grid`.
+    """The private images beside what was recovered of them, with its PSNR: the first `columns`
+    images that all have. A row each; where images are fewer than rows, and these at most eight, a
+    column each. `options`: of `image_grid`.
     """
     columns = min(columns, *(len(results.truth) for results in named.values()))
-    rows = {"private": next(iter(named.values())).truth[:columns]}
-    captions = {}
+    shown = {"private": next(iter(named.values())).truth[:columns]}
+    captions = {"private": [""] * columns}
     for name, results in named.items():
-        rows[name] = results.images[:columns]
+        shown[name] = results.images[:columns]
         captions[name] = [f"{psnr:.1f} dB" for psnr in results.frame()["psnr"][:columns]]
-    return image_grid(rows, captions, **options)
+    if not columns < len(shown) <= 8:
+        return image_grid(shown, captions, **options)
+    numbers = [f"image {number}" for number in range(1, columns + 1)]
+    rows = dict(zip(numbers, torch.stack([*shown.values()], dim=1), strict=True))
+    across = dict(zip(numbers, zip(*captions.values(), strict=True), strict=True))
+    titles = [textwrap.fill(name, 14) for name in shown]
+    return image_grid(rows, across, titles, **options)
 
 
 def pulls(shares: pandas.DataFrame) -> Figure:
@@ -160,7 +185,9 @@ def pulls(shares: pandas.DataFrame) -> Figure:
     """
     style = {"kind": "line", "height": 2.2, "facet_kws": {"sharex": False}}
     grid = seaborn.relplot(shares, x="iteration", y="share", hue="term", col="batch", **style)
-    grid.set(yscale="log").set_titles("{col_name}").set_ylabels("pull / gradient matching's")
+    grid.set(yscale="log").set_titles("{col_name}").set_ylabels(
+        "pull, relative to\ngradient matching"
+    )
     return grid.figure
 
 
@@ -216,7 +243,7 @@ def findings(
     figures: Path | str,
 ) -> pandas.DataFrame:
     """What the notebook found, written to `figures` (see `save_findings`): the comparisons."""
-    return _rounded(save_findings(notebook, endpoints, comparisons, figures)["comparisons"])
+    return _differences(save_findings(notebook, endpoints, comparisons, figures)["comparisons"])
 
 
 def found(name: str) -> pandas.DataFrame | None:
@@ -226,30 +253,32 @@ def found(name: str) -> pandas.DataFrame | None:
     Where there is no such file, as in an installed package, it says so and gives None.
     """
     path = FIGURES / f"{name}.csv"
-    if path.is_file():
-        return _rounded(pandas.read_csv(path))
-    print(f"The full run's figures/{name}.csv is in the repository, not in a package.")
-    return None
+    if not path.is_file():
+        print(f"The full run's figures/{name}.csv is in the repository, not in a package.")
+        return None
+    table = pandas.read_csv(path)
+    return _differences(table) if "compared" in table else captioned(table.round(3))
 
 
-def _rounded(table: pandas.DataFrame) -> pandas.DataFrame:
-    if "low" in table:
-        ends = zip(table["mean"], table["low"], table["high"], strict=True)
-        table = table.assign(mean=[f"{Interval(*each, count=0):+.3f}" for each in ends])
-        table = table.drop(columns=["low", "high"]).rename(columns={"mean": "difference"})
-    return captioned(table.round(3))
+def _differences(comparisons: pandas.DataFrame) -> pandas.DataFrame:
+    """A row for each comparison, with a column for each metric."""
+    ends = zip(comparisons["mean"], comparisons["low"], comparisons["high"], strict=True)
+    table = comparisons.assign(difference=[f"{Interval(*each, count=0):+.3f}" for each in ends])
+    keys = ["claim", "compared", "images", "count"]
+    table = table.pivot_table("difference", keys, "metric", aggfunc="first", sort=False)
+    return captioned(table.rename_axis(columns=None).reset_index())
 
 
 def aurocs(
     priors: Mapping[str, AnomalyScore], natural: Images, spoiled: Mapping[str, Images]
 ) -> pandas.DataFrame:
-    """How well each prior tells each kind of spoiled images from natural ones: a row
-    for each pair, with the columns prior, anomaly, images and AUROC.
+    """How well each prior tells each kind of spoiled images from natural ones, as AUROC: a row
+    for each `anomaly`, with the number of its `images`, and a column for each prior.
     """
     rows = []
-    for (name, prior), (kind, images) in itertools.product(priors.items(), spoiled.items()):
-        area = auroc(prior(natural), prior(images))
-        rows.append({"prior": name, "anomaly": kind, "images": len(images), "AUROC": area})
+    for kind, images in spoiled.items():
+        areas = {name: auroc(prior(natural), prior(images)) for name, prior in priors.items()}
+        rows.append({"anomaly": kind, "images": len(images)} | areas)
     return pandas.DataFrame(rows)
 
 

@@ -2,7 +2,7 @@
 that auxiliary images have taught what the features of one client model mean.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,8 @@ class DecoderTraining(Training[FeatureDecoder]):
         network.linear.load_state_dict(regression.solution())
         network.centre, network.covariance = regression.centre, regression.covariance
         super().__init__(network.to(self.device), auxiliary)
-        self.blurred = regression.out_of_fold().view(images.shape)
+        wanted = range(_FOLDS) if settings["steps"] else [0]  # the held-out fold
+        self.blurred = regression.out_of_fold(wanted).view(images.shape)
         self.images, self.training = images, (regression.folds > 0).nonzero().squeeze(1)
         self.held_out = (regression.folds == 0).nonzero().squeeze(1)
         self.optimizer = torch.optim.Adam(
@@ -240,19 +241,26 @@ class Ridge:
         self.products = [(part.T @ pixels).double() for part, pixels in parts]
         self.strength = min(_STRENGTHS, key=self.error)
 
-    def weights(self, strength: float, without: int | None = None) -> Float[Tensor, "features _"]:
-        """Of the regression on all folds, or all but one."""
+    def equations(self, strength: float, without: int | None = None) -> tuple[Tensor, Tensor]:
+        """The normal equations of the regression on all folds, or all but one: the Cholesky factor
+        of their left side, and their right side.
+        """
         used = [k for k in range(_FOLDS) if k != without]
         gram = torch.stack([self.grams[k] for k in used]).sum(dim=0)
         product = torch.stack([self.products[k] for k in used]).sum(dim=0)
         gram = gram + strength * gram.diagonal().mean() * torch.eye(len(gram))
-        return torch.cholesky_solve(product, torch.linalg.cholesky(gram)).float()
+        return torch.linalg.cholesky(gram), product
+
+    def weights(self, strength: float, without: int | None = None) -> Float[Tensor, "features _"]:
+        left, right = self.equations(strength, without)
+        return torch.cholesky_solve(right, left).float()
 
     def error(self, strength: float) -> float:
         """On the first fold, of the regression without it."""
         rows = self.folds == 0
-        made = self.features[rows] @ self.weights(strength, without=0)
-        return (made - self.pixels[rows]).square().mean().item()
+        left, right = self.equations(strength, without=0)
+        solved = torch.cholesky_solve(self.features[rows].double().T, left)  # fewer than the pixels
+        return (solved.T @ right - self.pixels[rows]).square().mean().item()
 
     def solution(self) -> dict[str, Tensor]:
         """Weights and bias of the linear map, from all folds."""
@@ -264,10 +272,10 @@ class Ridge:
         """Of the features."""
         return (torch.stack(self.grams).sum(dim=0) / len(self.features)).float()
 
-    def out_of_fold(self) -> Float[Tensor, "batch pixels"]:
-        """The pixels of each image, by the regression without its fold."""
-        made = torch.empty_like(self.pixels)
-        for fold in range(_FOLDS):
+    def out_of_fold(self, wanted: Iterable[int]) -> Float[Tensor, "batch pixels"]:
+        """The pixels of each image of the folds `wanted`, by the regression without its fold."""
+        made = torch.zeros_like(self.pixels)
+        for fold in wanted:
             rows = self.folds == fold
             made[rows] = self.features[rows] @ self.weights(self.strength, fold) + self.mean
         return made
