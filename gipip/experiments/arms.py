@@ -214,7 +214,7 @@ def auxiliary_images(dataset: str) -> LabeledImages:
     return resized(load_dataset("cifar10").auxiliary(), data.image_size)
 
 
-def sources(shares: Iterable[float], count: int = 760) -> dict[str, LabeledImages]:
+def sources(shares: Iterable[float], count: int) -> dict[str, LabeledImages]:
     """Auxiliary images by name: several shares of CIFAR-10's training images, as many as `count` of
     its animals or vehicles, and of what a generator of photographs makes, shrunk.
     """
