@@ -138,7 +138,7 @@ def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
     printed above it instead, and once that single batches have no interval. A table of one row
     keeps its columns.
     """
-    frame = frame.astype(object).fillna(NOTHING)
+    frame = frame.where(frame.notna(), NOTHING)
     plain = frame.replace(r" \(no interval\)$", "", regex=True)
     if not plain.equals(frame):
         print("without an interval: means over a single batch")
