@@ -11,10 +11,11 @@ condition. Every finished attack is kept: the same call loads it, and goes on wi
 import base64
 import copy
 import io
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,8 @@ from torchvision.transforms.functional import to_pil_image
 import gipip
 from gipip.data.datasets import LabeledImages, described, load_dataset
 from gipip.errors import BatchSizeError, DataError, DefenseError
-from gipip.evaluation.recovery import LEVELS, linkable, recovery, reference_rows, summary
-from gipip.evaluation.references import references
+from gipip.evaluation.recovery import LEVELS, linkable, recovery, summary
+from gipip.evaluation.references import REFERENCES, references
 from gipip.experiments.sweep import provenance
 from gipip.experiments.timed import Case, Result, Work
 from gipip.federation.client import Client, FedAvg, SharedUpdate
@@ -103,17 +104,18 @@ def audit(
         raise DataError(f"Expected minutes > 0 and seeds ≥ 1; got {minutes} and {seeds}.")
     ends = time.time() + _SHARE * 60 * minutes
     check_client_model(model)
-    model = copy.deepcopy(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    truth = _as_images(images, labels)
+    model = copy.deepcopy(model).to(_device())
+    if isinstance(images, Tensor):
+        images = LabeledImages(images, labels)  # type: ignore[arg-type]  # which says what is wrong
     policies = {_name(each): each for each in ([], *map(_as_list, defenses))}
     if len(policies) <= len(defenses):
         raise DefenseError(f"A defence is given twice: {list(map(str, defenses))}. Give each once.")
     if updates:
-        cases = _captured(model, updates, truth)
+        cases = _captured(model, updates, images)
     else:
         told: dict[str, Any] = {"labels": "given" if share_labels else "withheld"}
         share = partial(Client(model).share, fedavg=fedavg, mode=mode, **told)
-        cases = _simulated(share, truth, batch_size, policies)
+        cases = _simulated(share, images, batch_size, policies)
     known = _auxiliary(auxiliary, cases[0].share().image_shape)
     work = Work(model, cases, Path(folder), minutes, seeds, ends, known)
     results = work.results()
@@ -127,12 +129,8 @@ def audit(
 # What is attacked -----------------------------------------------------------------
 
 
-def _as_images(images: Any, labels: Tensor | None) -> LabeledImages | None:
-    if images is None or isinstance(images, LabeledImages):
-        return images
-    if labels is None:
-        raise DataError("Expected the images' labels: gipip.audit(model, images, labels).")
-    return LabeledImages(images, labels)
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _as_list(policy: Any) -> list[Any]:
@@ -156,20 +154,13 @@ def _simulated(
             f"Expected at least one batch of {batch_size} images, or captured updates; got {count} "
             "images."
         )
+    rows = torch.arange(count // batch_size * batch_size).split(batch_size)
     cases = []
     for name, policy in policies.items():
-        for batch, part in enumerate(_parts(images, [batch_size] * (count // batch_size))):
+        for batch, part in enumerate(images[each] for each in rows):
             cases.append(Case(name, batch, partial(share, part, defenses=policy), part))
-            if batch == 0:
-                cases[-1].share()  # raises what is wrong before any attack
+        cases[-1].share()  # raises what is wrong before any attack
     return cases
-
-
-def _parts(images: LabeledImages, sizes: Iterable[int]) -> Iterator[LabeledImages]:
-    start = 0
-    for size in sizes:
-        yield images[start : start + size]
-        start += size
 
 
 def _captured(
@@ -183,20 +174,18 @@ def _captured(
             f"{len(images)} images for updates of {sizes}. Expected all images behind the updates, "
             "in the same order, or none."
         )
-    truth = [None] * len(sizes) if images is None else _parts(images, sizes)
-    cases = []
-    for batch, (update, part) in enumerate(zip(updates, truth, strict=True)):
+    rows, cases = torch.arange(sum(sizes)).split(sizes), []
+    for batch, update in enumerate(updates):
         update.check(model)
+        part = None if images is None else images[rows[batch]]
         name = _name(update.defenses, "as captured")
-        cases.append(Case(name, batch, partial(_on, model, update), part))
+        cases.append(Case(name, batch, partial(_on_device, update), part))
     return cases
 
 
-def _on(model: ClientModel, update: SharedUpdate) -> SharedUpdate:
-    """The update on the model's device."""
-    device = next(model.parameters()).device
-    gradients = tuple(gradient.to(device) for gradient in update.gradients)
-    labels = None if update.labels is None else update.labels.to(device)
+def _on_device(update: SharedUpdate) -> SharedUpdate:
+    gradients = tuple(gradient.to(_device()) for gradient in update.gradients)
+    labels = None if update.labels is None else update.labels.to(_device())
     return replace(update, gradients=gradients, labels=labels)
 
 
@@ -218,29 +207,28 @@ def _auxiliary(given: LabeledImages | None, shape: tuple[int, ...]) -> LabeledIm
 
 def _condition(work: Work, name: str, results: list[Result], frame: pandas.DataFrame) -> dict:
     """All that was found under one condition; the most successful attack is first."""
-    attacks = []
+    rows = frame[frame["condition"] == name]
     own = [result for result in results if result.case.condition == name]
-    for arm in dict.fromkeys(result.arm for result in own):
+    attacks = []
+    for arm in _ranked(rows) or dict.fromkeys(result.arm for result in own):
         abouts = [result.about for result in own if result.arm == arm]
         seconds = sum(about["seconds"] for about in abouts)
         attacks.append({"name": arm} | abouts[0] | {"seconds": seconds})
-        if len(frame):
-            attacks[-1] |= summary(_rows(frame, name, arm))
-    if len(frame):
-        attacks.sort(key=partial(_strength, frame, name), reverse=True)
+        if len(rows):
+            attacks[-1] |= summary(rows[rows["arm"] == arm])
     obstacles = {arm: why for (condition, arm), why in work.obstacles.items() if condition == name}
     found = {"name": name, "attacks": attacks, "obstacles": obstacles}
     found["exact"] = _exact(work, name)
     return found | {"verdict": _verdict(found, frame)}
 
 
-def _rows(frame: pandas.DataFrame, condition: str, arm: str) -> pandas.DataFrame:
-    return frame[(frame["condition"] == condition) & (frame["arm"] == arm)]
-
-
-def _strength(frame: pandas.DataFrame, condition: str, attack: dict) -> tuple[float, float]:
-    rows = _rows(frame, condition, attack["name"])
-    return float(rows["level"].map(list(LEVELS).index).mean()), float(rows["ssim"].mean())
+def _ranked(rows: pandas.DataFrame) -> list[str]:
+    """Names of arms, the best first: by mean level, then by SSIM."""
+    if rows.empty:
+        return []
+    numbered = rows.assign(level=rows["level"].cat.codes)
+    means = numbered.groupby("arm", sort=False)[["level", "ssim"]].mean()
+    return means.sort_values(["level", "ssim"], ascending=False).index.tolist()
 
 
 def _exact(work: Work, condition: str) -> dict[str, Any]:
@@ -268,7 +256,8 @@ def _verdict(found: dict[str, Any], frame: pandas.DataFrame) -> dict[str, Any]:
             text = "No attack is finished. The same call goes on."
         return {"risk": "unknown", "summary": text, "reasons": reasons}
     best = found["attacks"][0]
-    levels, rows = best["levels"], _rows(frame, found["name"], best["name"])
+    levels = best["levels"]
+    rows = frame[(frame["condition"] == found["name"]) & (frame["arm"] == best["name"])]
     for level in ("content", "outline"):
         if levels[level]:
             text = f"{levels[level]} of {best['images']} images are at the level “{level}”"
@@ -292,15 +281,16 @@ def _verdict(found: dict[str, Any], frame: pandas.DataFrame) -> dict[str, Any]:
 
 def _written(work: Work, results: list[Result], accuracies: dict[str, float]) -> Audit:
     truths = {case.batch: case.truth.images for case in work.cases if case.truth}
-    frame = pandas.DataFrame()
+    frame, lines = pandas.DataFrame(columns=["condition"]), []
     if truths:
         named = {(each.case.condition, each.arm, each.case.batch): each.images for each in results}
         frame = recovery(named, truths, work.auxiliary.images)
+        for name in REFERENCES:
+            lines.append({"name": name} | summary(frame[frame["arm"] == name]))
     conditions = []
     for name in dict.fromkeys(case.condition for case in work.cases):
         found = _condition(work, name, results, frame)
         conditions.append(found | {"accuracy": accuracies.get(name)})
-    lines = reference_rows(frame) if len(frame) else []
     findings = _about(work) | {"conditions": conditions, "references": lines}
     findings = json.loads(json.dumps(findings))  # as they are read again
     pictures = [_pictures(found, results, frame) for found in conditions]
@@ -336,32 +326,30 @@ def _about(work: Work) -> dict[str, Any]:
 
 def _pictures(found: dict, results: list[Result], frame: pandas.DataFrame) -> list[dict[str, Any]]:
     """For each attack, in order, its pictures, worst cases first."""
+    rows = frame[frame["condition"] == found["name"]]
+    if len(rows):
+        rows = rows.sort_values(["level", "ssim"], ascending=False)
     groups = []
     for attack in found["attacks"]:
-        shown: list[dict[str, Any]] = []
-        for result in results:
-            if (result.case.condition, result.arm) == (found["name"], attack["name"]):
-                shown += _shown(result, frame)
-        if len(frame):
-            shown.sort(key=lambda each: (list(LEVELS).index(each["level"]), each["ssim"]))
-        groups.append({"name": attack["name"], "images": shown[::-1][:_SHOWN]})
+        which = (found["name"], attack["name"])
+        own = [each for each in results if (each.case.condition, each.arm) == which]
+        if len(rows):
+            best = rows[rows["arm"] == attack["name"]].head(_SHOWN).to_dict("records")
+            shown = [_beside(own, row) for row in best]
+        else:
+            images = itertools.chain.from_iterable(result.images for result in own)
+            shown = [{"recovered": _png(image)} for image in itertools.islice(images, _SHOWN)]
+        groups.append({"name": attack["name"], "images": shown})
     return groups
 
 
-def _shown(result: Result, frame: pandas.DataFrame) -> Iterator[dict]:
-    """The pictures of a case, with what was measured and what to compare them with."""
-    if not result.case.truth:
-        for image in result.images:
-            yield {"recovered": _png(image)}
-        return
-    truth = result.case.truth.images
-    thumbnails = references(truth, truth[0])
-    rows = _rows(frame, result.case.condition, result.arm)
-    for row in rows[rows["batch"] == result.case.batch].to_dict("records"):
-        place = row["image"]
-        pictures = {name: _png(images[place]) for name, images in thumbnails.items()}
-        recovered = _png(result.images[row["matched"]])
-        yield {**row, **pictures, "private": _png(truth[place]), "recovered": recovered}
+def _beside(results: list[Result], row: dict) -> dict[str, Any]:
+    """What was measured of an image, with the pictures to compare."""
+    [result] = [each for each in results if each.case.batch == row["batch"]]
+    truth = result.case.truth.images[[row["image"]]]  # type: ignore[union-attr]  # it is measured
+    pictures = {name: _png(images[0]) for name, images in references(truth, truth[0]).items()}
+    recovered = _png(result.images[row["matched"]])
+    return {**row, **pictures, "private": _png(truth[0]), "recovered": recovered}
 
 
 def _png(image: Tensor) -> str:

@@ -5,14 +5,14 @@ A second run is fast because every result is in the result store, not because a 
 """
 
 import base64
-import contextlib
 import io
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 from PIL import Image
 
@@ -37,6 +37,7 @@ _NOTEBOOK = (
 )
 # Without it ipykernel warns, in every notebook, that its sockets are not encrypted.
 _KERNEL = Config({"KernelManager": {"transport_encryption": "auto"}})
+_KERNEL.NotebookClient.coalesce_streams = True  # what a cell prints, in one piece
 _RESERVE = 20  # seconds of a budget that go into starting and ending
 
 
@@ -222,32 +223,19 @@ def _run_cells(source: Path, draft: Path, parameters: dict, limit: float) -> str
     how = {"kernel_name": "python3", "progress_bar": False, "config": _KERNEL}
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     paths = {"input_path": str(source), "output_path": str(draft), "cwd": str(source.parent)}
+    # what kernels inherit: plain progress lines, the time limit, and no JUPYTER_PATH, which would
+    # outrank this environment's kernel
+    inherited = {"GIPIP_DEADLINE": str(limit), "GIPIP_HEADLESS": "1"}
     try:
-        with _environment(limit):
+        with patch.dict(os.environ, inherited):
+            os.environ.pop("JUPYTER_PATH", None)
             papermill.execute_notebook(**paths, parameters=parameters, **how, **streams)
-    except DeadKernelError as error:
-        return f"{error}."
-    except (PapermillExecutionError, CellExecutionError) as error:
-        if error.ename == OutOfTime.__name__:
-            draft.unlink()
-            raise OutOfTime(error.evalue) from error
-        return f"{error}."
+    except (DeadKernelError, PapermillExecutionError, CellExecutionError) as error:
+        if isinstance(error, DeadKernelError) or error.ename != OutOfTime.__name__:
+            return f"{error}."
+        draft.unlink()
+        raise OutOfTime(error.evalue) from error
     return ""
-
-
-@contextlib.contextmanager
-def _environment(limit: float) -> Iterator[None]:
-    """What kernels inherit: plain progress lines, the time limit, and no JUPYTER_PATH, which would
-    outrank this environment's kernel.
-    """
-    before = dict(os.environ)
-    os.environ.update(GIPIP_DEADLINE=str(limit), GIPIP_HEADLESS="1")
-    os.environ.pop("JUPYTER_PATH", None)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -256,7 +244,7 @@ def _stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell["id"] = f"cell-{index:02d}"
         cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code":
-            cell.outputs = _joined(cell.outputs)
+            cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
             for output in cell.outputs:
                 if png := output.get("data", {}).get("image/png"):
                     output.data["image/png"] = _packed(png)
@@ -272,19 +260,6 @@ def _packed(png: str) -> str:
     with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
         picture.convert("RGB").save(packed, "PNG", optimize=True)
     return base64.b64encode(packed.getvalue()).decode()
-
-
-def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """What was printed in one piece, and without progress, which goes to stderr."""
-    joined: list[nbformat.NotebookNode] = []
-    for output in outputs:
-        if output.get("name") == "stderr":
-            continue
-        if joined and output.get("name") == joined[-1].get("name") == "stdout":
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    return joined
 
 
 def _unfinished(notebook: nbformat.NotebookNode) -> str:

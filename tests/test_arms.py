@@ -62,6 +62,44 @@ def test_client_prior_and_start_vary_over_units_and_arms_share_them():
     assert [run.attack.seed for run in theirs] == [run.attack.seed for run in ours]
 
 
+def test_a_decoded_start_changes_nothing_else_of_an_attack():
+    pair = arms.with_and_without("cifar10/convnet16/B=1", [load_prior()], iterations=7)
+    scenarios = arms.units(1, model="convnet16")
+    start = arms.decoded(scenarios, load_dataset("cifar10").auxiliary(0.001), steps=0)
+    [with_score] = arms.started(pair, start)["with, decoded start"]
+    given, dumped = pair["with"][0].model_dump(), with_score.model_dump()
+    shared = (given.keys() & dumped.keys()) - {"prior"}
+    assert {name: dumped[name] for name in shared} == {name: given[name] for name in shared}
+    assert with_score.score.fingerprint == pair["with"][0].prior.fingerprint
+    assert with_score.prior.fingerprint == start[0].prior.fingerprint
+    assert (dumped["feature_weight"], dumped["pull_weight"]) == (0, 0)
+    [without] = arms.started(pair, start)["without, decoded start"]
+    assert without.score is None
+
+
+def test_sources_of_auxiliary_images_hold_what_their_names_say():
+    found = arms.sources([0.001, 0.01], count=20)
+    sizes = {name: len(images) for name, images in found.items()}
+    named = {"0.1 %": 50, "1 %": 500, "animals only": 20, "vehicles only": 20}
+    assert sizes == named | {"generated photos": 20}
+    assert {*found["vehicles only"].labels.tolist()} <= {0, 1, 8, 9}
+    assert all(images.images.shape[1:] == (3, 32, 32) for images in found.values())
+
+
+def test_without_photographs_the_attacker_enlarges_other_images():
+    own, enlarged = (arms.auxiliary_images(name) for name in ("cifar10", "imagenet64"))
+    assert own.fingerprint == load_dataset("cifar10").auxiliary().fingerprint
+    small = torch.nn.functional.avg_pool2d(enlarged.images[:50], 2)
+    assert enlarged.images.shape[1:] == (3, 64, 64)
+    assert (small - own.images[:50]).abs().mean() < 0.03
+
+
+def test_features_of_an_undefended_batch_are_recovered_exactly():
+    table = arms.recovery(arms.units(1, model="convnet16", batch_size=4))
+    assert table["status"].tolist() == ["exact"] and table["batch size"].tolist() == [4]
+    assert float(table["largest relative error"][0]) < 1e-4
+
+
 def test_trained_clients_have_no_seed_of_their_weights():
     assert {scenario.model_seed for scenario in arms.units(3, model="convnet16", epochs=40)} == {0}
 

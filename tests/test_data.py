@@ -7,7 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -328,26 +327,6 @@ def test_a_folders_classes_are_its_sorted_subfolders_and_its_pools_are_disjoint_
         (1, n, 100, 200) for n in range(10)
     }
     assert dataset.private_pool.labels.bincount().tolist() == [4, 4]
-
-
-def test_with_an_auxiliary_folder_all_of_root_is_tuning_or_private(folder, tmp_path):
-    for number in range(3):
-        save(tmp_path / "more" / "z" / f"{number}.png", Image.new("RGB", (16, 16), (7, 7, number)))
-    dataset = load_dataset("folder", root=folder, auxiliary_root=tmp_path / "more", size=16)
-    assert [
-        len(pool) for pool in (dataset.auxiliary(), dataset.tuning_pool, dataset.private_pool)
-    ] == [3, 2, 18]
-    assert len(dataset.auxiliary(0.34)) == 1
-
-
-def test_an_auxiliary_folder_of_the_clients_own_images_is_refused(folder, tmp_path):
-    inside = folder / "attacker"
-    shutil.copytree(folder / "a", inside / "a")
-    with (
-        pytest.warns(UserWarning, match="is a copy of"),
-        pytest.raises(DataError, match="None of the files in .*attacker is .* no copy"),
-    ):
-        load_dataset("folder", root=folder, auxiliary_root=inside)
 
 
 def test_files_that_are_no_images_are_named_in_one_warning_and_skipped(folder):
@@ -710,11 +689,11 @@ def test_no_pictures_are_refused():
         load_images([])
 
 
-def _folder_of(root, count, shade=0):
+def _folder_of(root, count):
     for number in range(count):
         path = root / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (shade, 7 * number, 20)).save(path)
+        Image.new("RGB", (16, 16), (0, 7 * number, 20)).save(path)
     return root
 
 
@@ -742,16 +721,6 @@ def test_copies_of_a_photograph_never_end_up_with_the_attacker_and_the_client(tm
     owned, *others = map(rows_of, pools(dataset))
     assert all(owned.isdisjoint(other) for other in others)
     assert sum(map(len, pools(dataset))) == 20
-
-
-def test_private_photographs_in_the_attackers_folder_are_left_out_of_it(tmp_path):
-    root, more = _folder_of(tmp_path / "one", 10), _folder_of(tmp_path / "two", 6, shade=99)
-    (more / "a" / "copy.png").write_bytes((root / "a" / "0.png").read_bytes())
-    with pytest.warns(
-        UserWarning, match="Skipped 1 of 7 files.*two/a/copy.png is a copy of .*one/a/0.png"
-    ):
-        dataset = load_dataset("folder", root=root, auxiliary_root=more, size=16)
-    assert len(dataset.auxiliary_pool) == 6
 
 
 def test_names_that_are_no_text_are_read_like_any_other_and_can_be_printed(tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 
 import gipip
 from gipip.attacks.checkpoints import Checkpoint
+from gipip.data.datasets import LabeledImages
 from gipip.errors import DataError, UpdateError
 from gipip.federation.models import last_linear
 
@@ -148,6 +149,32 @@ def test_refining_lowers_the_cost(data, model, decoder, score):
     refined = gipip.FeatureInversion(**settings, iterations=60)(model, update)
     assert refined.cost < decoded.cost
     assert ("anomaly score" in refined.history) == (score is not None)
+
+
+def test_steps_are_as_long_as_the_start_explains_the_update(data, model, decoder):
+    """The first step of Adam on signs moves a pixel by the learning rate."""
+    update = gipip.Client(model).share(data.tuning(2, seed=1))
+    decoded, moved = (
+        gipip.FeatureInversion(prior=decoder, iterations=count, learning_rate=0.1)(model, update)
+        for count in (0, 1)
+    )
+    inside = (decoded.images > 0.1) & (decoded.images < 0.9)  # no step ends at the box
+    steps = model.normalize(moved.images) - model.normalize(decoded.images)
+    cosine = 1 - moved.history["gradient matching"][0]
+    assert steps[inside].abs().max().item() == pytest.approx(0.1 * cosine.item(), rel=0.01)
+
+
+def test_with_no_weight_on_features_the_whole_gradient_is_matched(data, model, decoder):
+    update = gipip.Client(model).share(data.tuning(2, seed=1))
+    attack = gipip.FeatureInversion(prior=decoder, iterations=0, feature_weight=0)
+    found = attack(model, update)
+    batch = LabeledImages(found.images, found.labels)
+    own = [gradient.flatten() for gradient in gipip.Client(model).share(batch).gradients]
+    shared = [gradient.flatten() for gradient in update.gradients]
+    cosine = torch.cosine_similarity(torch.cat(own), torch.cat(shared), dim=0)
+    assert found.history["gradient matching"][0].item() == pytest.approx(
+        1 - cosine.item(), abs=1e-3
+    )
 
 
 def test_withheld_labels_are_found_with_the_features(data, model, decoder):

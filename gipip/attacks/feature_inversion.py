@@ -13,6 +13,8 @@ from gipip.federation.models import ClientModel, Images, entering
 from gipip.priors.autoencoder import AnomalyScore
 from gipip.priors.decoder import FeatureDecoder
 
+_SHORTEST = 0.01  # of the steps, relative to the learning rate
+
 
 class FeatureInversion(InvertingGradients):
     """cost(x) = 1 − cos(g, g*) + λ_TV·TV(x) + λ_F·F(x) + λ_D·mean (x − x_D)² + λ_AS·AS(x).
@@ -22,6 +24,9 @@ class FeatureInversion(InvertingGradients):
     `iterations=0` it is the result. F(x) = ‖h(x) − h‖², relative to the variance of features, mean
     over the batch. Where h is exact, F says all that the last layer's gradient does, image by
     image, and g is matched without that layer (unless λ_F is 0).
+
+    The learning rate is multiplied by cos(g, g*) at the start: where the start explains little of
+    the update, as with trained clients, longer steps leave what images look like.
 
     `feature_weight`: λ_F. `pull_weight`: λ_D. `score`: an anomaly score, of weight `as_weight`.
     """
@@ -63,6 +68,15 @@ class FeatureInversion(InvertingGradients):
             "trust": trust,
         }
         return super().attempt(view, restart, observers)
+
+    def minimise(self, view: View, observers: list[Observer]) -> Course:
+        """From the decoded images, with steps as long as these explain the update."""
+        if not self.iterations:
+            return super().minimise(view, observers)
+        cosine = 1 - self.distance(view, view.start["images"]).item()
+        rate = self.learning_rate * max(_SHORTEST, cosine)
+        careful = self.model_copy(update={"learning_rate": rate})
+        return super(FeatureInversion, careful).minimise(view, observers)
 
     def variables(self, view: View) -> Variables:
         return {"images": view.start["images"]}

@@ -194,12 +194,7 @@ def require_whole(name: str, value: Any, least: int = 0) -> None:
 
 
 def load_dataset(
-    name: str,
-    *,
-    root: Path | str | None = None,
-    auxiliary_root: Path | str | None = None,
-    size: int | None = None,
-    full: bool = False,
+    name: str, *, root: Path | str | None = None, size: int | None = None, full: bool = False
 ) -> Dataset:
     """A data set by name.
 
@@ -210,20 +205,19 @@ def load_dataset(
     `gipip.prepare_imagenet` gave. "folder": any folder in the layout root/class/image,
     at size × size pixels (64 if not given): the shorter side is scaled to 9/8 of it,
     then the centre is cropped. A tenth of its images is for tuning, half is auxiliary,
-    the rest private; with `auxiliary_root`, that folder is auxiliary, and root is split
-    into tuning and private. Copies of an image, and hidden files, are left out. Raises
+    the rest private. Copies of an image, and hidden files, are left out. Raises
     `DataError` for an unknown name, unsuitable options or missing images.
     """
-    embedded = root is None and auxiliary_root is None and size is None
+    embedded = root is None and size is None
     if name == "folder" and root is not None and not full:
-        return _folder(Path(root), auxiliary_root, 64 if size is None else size)
+        return _folder(Path(root), 64 if size is None else size)
     if name == "cifar10" and embedded:
         return _cifar10(full)
     if name.startswith("imagenet64") and embedded and not full:
         return _imagenet64(name)
     raise DataError(
         f"There is no data set {name!r} with these options. Known: 'cifar10' (full), 'imagenet64', "
-        "'folder' (root, auxiliary_root, size)."
+        "'folder' (root, size)."
     )
 
 
@@ -286,25 +280,18 @@ def _imagenet64(name: str) -> Dataset:
     return Dataset(name, classes, IMAGENET_MEAN, IMAGENET_STD, private[[]], tuning, private, 0)
 
 
-def _folder(root: Path, auxiliary_root: Path | str | None, size: int) -> Dataset:
-    """The folder root/class/image; the class index is the rank of the sub-folder's
-    name.
-
-    No image is in two pools, not even as a copy: what was `seen` in root is not
-    auxiliary.
+def _folder(root: Path, size: int) -> Dataset:
+    """The folder root/class/image; the class index is the rank of the sub-folder's name. No image
+    is in two pools, not even as a copy.
     """
     require_whole("size", size, least=1)
-    seen: dict[bytes, Path] = {}
-    photographs, pixels = read(list_folder(root), size, seen)
+    photographs, pixels = read(list_folder(root), size)
     pool = LabeledImages(pixels, torch.tensor(photographs.labels))
     rows = photographs.shuffled("split:0")
     first = round(0.1 * len(rows))
-    second = first if auxiliary_root else first + round(0.5 * len(rows))
+    second = first + round(0.5 * len(rows))
     parts = (rows[first:second], rows[:first], rows[second:])
     auxiliary, tuning, private = (pool[sorted(part)] for part in parts)
-    if auxiliary_root:
-        others, pixels = read(list_folder(Path(auxiliary_root)), size, seen)
-        auxiliary = LabeledImages(pixels, torch.tensor(others.labels))
     constants = (photographs.classes, IMAGENET_MEAN, IMAGENET_STD)
     name = printable(root.resolve().name)
     return Dataset(name, *constants, auxiliary, tuning, private, len(auxiliary))

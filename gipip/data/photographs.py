@@ -77,22 +77,20 @@ def printable(path: Path | str) -> str:
 
 
 def read(
-    photographs: Photographs, size: int, seen: dict[bytes, Path] | None = None
+    photographs: Photographs, size: int
 ) -> tuple[Photographs, UInt8[Tensor, "images 3 size size"]]:
-    """The readable ones and their pixels; with `seen`, none that shows what is in there
-    already, pixel by pixel.
+    """The readable ones and their pixels, without copies of the same pixels.
 
-    `seen` is filled with what was read, so that it keeps several folders apart. What is
-    left out, one warning says. Raises DataError when nothing is left.
+    What is left out, one warning says. Raises DataError when nothing is left.
     """
+    seen: dict[bytes, Path] = {}
     paths, root = photographs.paths, printable(photographs.root)
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     rows, problems = [], []
     for row, path in enumerate(_shown(paths, f"Reading {root}")):
         try:
             pixels[row] = decode(path, size, round(size * 72 / 64))
-            if seen is not None:
-                _require_new(path, pixels[row], seen)
+            _require_new(path, pixels[row], seen)
             rows.append(row)
         except DataError as error:
             problems.append(str(error))
@@ -100,7 +98,7 @@ def read(
         skipped = f"Skipped {len(problems)} of {len(paths)} files in {root}. The first of them:"
         warnings.warn(" ".join([skipped, *problems[:10]]), stacklevel=2)
     if not rows:
-        raise DataError(f"None of the files in {root} is a readable image that is no copy.")
+        raise DataError(f"None of the files in {root} is a readable image.")
     return photographs[rows], pixels[rows]
 
 

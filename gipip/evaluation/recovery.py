@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gipip.evaluation.metrics import evaluate
-from gipip.evaluation.references import REFERENCES, references
+from gipip.evaluation.references import references
 from gipip.evaluation.statistics import bootstrap_interval, paired_difference
 
 Batch = Float[Tensor, "_ channels height width"]
@@ -56,13 +56,12 @@ def recovery(
 
 def _with_levels(frame: pandas.DataFrame) -> pandas.DataFrame:
     level = pandas.Series("nothing", frame.index)
-    for name, line in _LINES.items():
-        lines = frame[frame["arm"] == line].set_index(_IMAGE)
-        lines = lines.loc[pandas.MultiIndex.from_frame(frame[_IMAGE])].set_index(frame.index)
-        closer = frame["ssim"] > lines["ssim"]
-        closer &= (frame["psnr"] > lines["psnr"]) | (frame["lpips"] < lines["lpips"])
+    for name, arm in _LINES.items():
+        line = frame[_IMAGE].merge(frame[frame["arm"] == arm], how="left")  # its own image's
+        closer = frame["ssim"] > line["ssim"]
+        closer &= (frame["psnr"] > line["psnr"]) | (frame["lpips"] < line["lpips"])
         level[closer] = name
-    return frame.assign(level=level)
+    return frame.assign(level=pandas.Categorical(level, list(LEVELS), ordered=True))
 
 
 def summary(part: pandas.DataFrame) -> dict[str, Any]:
@@ -74,21 +73,15 @@ def summary(part: pandas.DataFrame) -> dict[str, Any]:
         if part[name].notna().all():
             interval = bootstrap_interval(part[name], groups=part["batch"])[:3]
             table[name] = [None if math.isnan(value) else float(value) for value in interval]
-    counts = part["level"].value_counts()
-    return table | {"levels": {name: int(counts.get(name, 0)) for name in LEVELS}}
-
-
-def reference_rows(frame: pandas.DataFrame) -> list[dict[str, Any]]:
-    """The `summary` of each reference, with its name."""
-    return [{"name": name} | summary(frame[frame["arm"] == name]) for name in REFERENCES]
+    return table | {"levels": part["level"].value_counts(sort=False).to_dict()}
 
 
 def linkable(part: pandas.DataFrame, frame: pandas.DataFrame) -> bool:
     """Whether an arm's pictures identify images more often than their mean colours do, by a 95 %
     interval over batches.
     """
-    lines = frame[frame["arm"] == "mean colour"].set_index(_IMAGE)["identified"]
-    ours = part.set_index(_IMAGE)["identified"]
-    if ours.isna().any():
+    pairs = part.merge(frame[frame["arm"] == "mean colour"], on=_IMAGE, suffixes=("", "_line"))
+    if pairs["identified"].isna().any():
         return False
-    return paired_difference(ours, lines.loc[ours.index], groups=part["batch"]).low > 0
+    above = paired_difference(pairs["identified"], pairs["identified_line"], groups=pairs["batch"])
+    return above.low > 0

@@ -4,16 +4,16 @@ kept piece by piece, so that the same work goes on where it was.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from gipip.attacks.base import Attack
@@ -24,7 +24,7 @@ from gipip.attacks.gipip import GIPIP
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.attacks.labels import infer_labels
 from gipip.data.datasets import LabeledImages
-from gipip.errors import GipipError, OutOfTime
+from gipip.errors import DataError, GipipError, OutOfTime
 from gipip.experiments.version import code_version
 from gipip.federation.client import SharedUpdate
 from gipip.federation.models import (
@@ -37,16 +37,13 @@ from gipip.federation.models import (
 )
 from gipip.files import canonical_json, fingerprint, read_kept, read_tensors, write_tensors
 from gipip.priors.autoencoder import AnomalyScore, load_prior
-from gipip.priors.decoder import FeatureDecoder, train_decoder
-from gipip.progress import progress, quiet
+from gipip.priors.decoder import train_decoder
+from gipip.progress import progress, quiet, require_time
 
 _EXACT = 0.01  # relative error of an image's features
 _MOST_ITERATIONS, _ENOUGH_ITERATIONS = 300, 100
 _TUNED_SIZES = (1, 4, 8)  # of batches, for which weights ship
 _LARGEST = 3 * 96 * 96  # numbers in an image that a decoder gives
-
-Kept = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors and JSON, as in one file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +97,8 @@ class Work:
         self.obstacles: dict[tuple[str, str], str] = {}
         self.left = 0
 
-    def kept(self, kind: str, about: Sequence[Any], compute: Callable[[], Kept]) -> Kept:
-        """What a file holds, or what is computed instead, and then kept there."""
+    def kept(self, kind: str, about: Sequence[Any], compute: Callable[[], tuple]) -> tuple:
+        """Tensors and JSON that a file holds, or that are computed instead, and then kept there."""
         path = self.folder / kind / f"{_key(*about)}.safetensors"
         kept = read_kept(path, read_tensors)
         return kept or read_tensors(write_tensors(path, *compute()))
@@ -114,19 +111,17 @@ class Work:
         score = load_prior("cifar10" if max(self.shape[-2:]) <= 48 else "imagenet64")
         return None if score.network.misfit(self.shape) else score.with_offset(0)
 
-    @cached_property
-    def decoder(self) -> FeatureDecoder | str:
-        """Of features, in closed form; or why there is none."""
-        if self.shape[0] != 3:
-            return "There is no decoder of features for images without colour."
-        if math.prod(self.shape) > _LARGEST:
-            return "A decoder of features for images as large as these would fill the memory."
+    def features(self) -> FeatureInversion:
+        """With a decoder, in closed form. GipipError if there can be none."""
+        if self.shape[0] != 3 or math.prod(self.shape) > _LARGEST:
+            raise DataError(
+                "A decoder of features is for images with colour, and would fill the memory for "
+                "more than 96 × 96 pixels."
+            )
         auxiliary = self.auxiliary[: self.plan["auxiliary"]]
         options: dict[str, Any] = {"mode": self.update.mode, "store": self.folder}
-        try:
-            return train_decoder(self.model, auxiliary, copies=2, steps=0, **options)
-        except GipipError as error:
-            return str(error)
+        decoder = train_decoder(self.model, auxiliary, copies=2, steps=0, **options)
+        return FeatureInversion(prior=decoder, score=self.score, iterations=0)
 
     def matching(self, **settings) -> InvertingGradients:
         """Gradient matching, with the weights tuned for CIFAR-10 and the nearest batch size."""
@@ -136,19 +131,21 @@ class Work:
             return InvertingGradients.tuned(condition, **settings)
         return GIPIP.tuned(condition, prior=self.score, **settings)
 
-    def attacks(self) -> Iterator[tuple[str, Attack]]:
+    def attacks(self) -> dict[str, Attack]:
         """By the names of their arms, the cheapest first."""
         iterations = self.plan["iterations"]
-        if isinstance(self.decoder, FeatureDecoder):
-            features = FeatureInversion(prior=self.decoder, score=self.score, iterations=0)
-            yield "features, decoded", features
+        found: dict[str, Attack] = {}
+        try:
+            features = self.features()
+            found["features, decoded"] = features
             fewer = {"iterations": math.ceil(iterations / 3)}  # as its start is near
-            yield "features, refined", features.model_copy(update=fewer)
+            found["features, refined"] = features.model_copy(update=fewer)
+        except GipipError as error:
+            self.obstacles |= {(case.condition, "features"): str(error) for case in self.cases}
         name = "GI-PIP" if self.score else "Inverting Gradients"
         attack = self.matching(iterations=iterations, restarts=self.plan["restarts"])
-        yield name, attack
         smoother = {"tv_weight": 10 * attack.tv_weight}  # as trained and defended clients need
-        yield f"{name}, smoother", attack.model_copy(update=smoother)
+        return found | {name: attack, f"{name}, smoother": attack.model_copy(update=smoother)}
 
     # When -----------------------------------------------------------------------------
 
@@ -163,10 +160,7 @@ class Work:
     def planned(self, seconds: float) -> dict[str, int]:
         """A tenth of the time is for the decoder, half for iterations: more cannot be foreseen."""
         setup, iteration = self.measured()
-        started = time.perf_counter()
-        with torch.no_grad():
-            self.model(self.auxiliary[:16].images.to(self.update.gradients[0]))
-        image = 2 * (time.perf_counter() - started) / 16  # and its mirror image
+        image = iteration / self.size  # and its mirror image: an iteration takes longer
         fit = 1.5e8 / self.auxiliary.pixels[0].numel()  # into the memory
         for restarts in range(self.seeds, 0, -1):
             starts = 2 * restarts  # of two attacks; the features attack takes a third of one
@@ -181,56 +175,52 @@ class Work:
     def measured(self) -> tuple[float, float]:
         """Seconds until an attack on the first case begins, and of an iteration."""
         clock = [time.perf_counter()]
+
+        def tick(*_) -> None:
+            clock.append(time.perf_counter())
+
         with quiet():
-            attack = self.matching(iterations=3)
-            attack(self.model, self.update, watch=partial(_tick, clock), watch_every=1)
+            self.matching(iterations=3)(self.model, self.update, watch=tick, watch_every=1)
         return clock[1] - clock[0], median(later - sooner for sooner, later in pairwise(clock[1:]))
 
     # How ------------------------------------------------------------------------------
 
     def results(self) -> list[Result]:
         """Of every attack on every case, as far as the time allows. GipipError for none."""
-        if isinstance(self.decoder, str):
-            self.obstacles |= {(case.condition, "features"): self.decoder for case in self.cases}
-        todo = [(case, *named) for named in self.attacks() for case in self.cases]
-        works = [attack.iterations * attack.restarts for _, _, attack in todo]
+        todo = [(case, *named) for named in self.attacks().items() for case in self.cases]
         found: list[Result] = []
-        done = 0
-        with progress(total=sum(works), description="attacks", unit="iteration") as bar:
-            for (case, arm, attack), amount in zip(todo, works, strict=True):
+        for case, arm, attack in progress(todo, description="attacks", unit="attack"):
+            try:
                 with quiet():
-                    found += self.result(case, arm, attack, partial(_tock, bar))
-                done += amount
-                bar.update(done - bar.n)
+                    found.append(self.result(case, arm, attack))
+            except OutOfTime:
+                self.left += 1
+                self.obstacles[case.condition, arm] = "The time was over. The same call goes on."
+            except GipipError as error:
+                self.obstacles[case.condition, arm] = str(error)
         if not found:
             reasons = "; ".join(dict.fromkeys(self.obstacles.values()))
             raise GipipError(f"No attack gave anything: {reasons}")
         return found
 
-    def result(self, case: Case, arm: str, attack: Attack, watch: Callable) -> Iterator[Result]:
-        """One, or none and an obstacle."""
+    def result(self, case: Case, arm: str, attack: Attack) -> Result:
+        """Kept from an earlier call, or computed. OutOfTime when it is not finished."""
         settings = attack.model_dump(mode="json")
         about = [case.fingerprint, settings, code_version(type(attack))]
         checkpoint = Checkpoint(self.folder / "unfinished" / _key(*about), self.ends)
-        compute = partial(self.computed, case, attack, watch, checkpoint)
-        try:
-            tensors, details = self.kept("attacks", about, compute)
-            checkpoint.remove()
-            yield Result(case, arm, tensors["images"], details | {"settings": settings})
-        except OutOfTime:
-            self.left += 1
-            self.obstacles[case.condition, arm] = "The time was over. The same call goes on."
-        except GipipError as error:
-            self.obstacles[case.condition, arm] = str(error)
 
-    def computed(self, case: Case, attack: Attack, watch: Callable, checkpoint: Checkpoint) -> Kept:
-        if attack.iterations and time.time() >= self.ends:
-            raise OutOfTime("The time is over.")
-        found = attack(self.model, case.share(), watch=watch, checkpoint=checkpoint)
-        if found.interrupted:  # half a result must not be kept as a whole one
-            raise KeyboardInterrupt
-        names = ("assumptions", "seconds", "engine", "notes")
-        return {"images": found.images}, {name: getattr(found, name) for name in names}
+        def compute() -> tuple:
+            if attack.iterations:
+                require_time(self.ends)
+            found = attack(self.model, case.share(), checkpoint=checkpoint)
+            if found.interrupted:  # half a result must not be kept as a whole one
+                raise KeyboardInterrupt
+            names = ("assumptions", "seconds", "engine", "notes")
+            return {"images": found.images}, {name: getattr(found, name) for name in names}
+
+        tensors, details = self.kept("attacks", about, compute)
+        checkpoint.remove()
+        return Result(case, arm, tensors["images"], details | {"settings": settings})
 
     def accuracy(self, name: str, train: Callable[[], float]) -> float:
         about = [model_fingerprint(self.model), name]
@@ -241,48 +231,32 @@ class Work:
 
     def exact(self, case: Case) -> dict[str, Any]:
         """Of how many images labels and features are found, and what stands against it."""
-        return self.kept("exact", [case.fingerprint], partial(self.solved, case))[1]
-
-    def solved(self, case: Case) -> Kept:
         update = case.share()
         counts: dict[str, Any] = {"images": update.batch_size}
         try:
             inferred = infer_labels(self.model, replace(update, labels=None)).cpu()
             if case.truth:
-                counts["labels"] = _common(inferred, case.truth.labels)
+                found, own = Counter(inferred.tolist()), Counter(case.truth.labels.tolist())
+                counts["labels"] = (found & own).total()  # in whichever order
         except GipipError as error:
             counts["no labels"] = str(error)
         try:
-            found = recovered(self.model, update)
+            solved = recovered(self.model, update)
         except GipipError as error:
-            return {}, counts | {"no features": str(error)}
-        counts["claimed"] = int((found.errors < _EXACT).sum())
+            return counts | {"no features": str(error)}
+        counts["claimed"] = int((solved.errors < _EXACT).sum())
         if case.truth:
-            counts["confirmed"] = self.confirmed(case.truth, found.features)
-        return {}, counts
+            counts["confirmed"] = self.confirmed(case.truth, solved.features)
+        return counts
 
     @torch.no_grad()
     def confirmed(self, truth: LabeledImages, features: Tensor) -> int:
-        """How many features are those of an image, one each."""
+        """Of how many images the features are among those recovered."""
         model = in_mode(self.model, self.update.mode)
         true = last_linear(model.network, prepared(model, truth)[0])[1].cpu().double()
-        wrong = torch.cdist(features, true) / true.norm(dim=1) >= _EXACT
-        rows, columns = linear_sum_assignment(wrong)
-        return int((~wrong[rows, columns]).sum())
+        right = torch.cdist(features, true) < _EXACT * true.norm(dim=1)
+        return int(right.any(dim=0).sum())
 
 
 def _key(*about: Any) -> str:
     return fingerprint({}, canonical_json(about))[:32]
-
-
-def _tick(clock: list[float], *_) -> None:
-    clock.append(time.perf_counter())
-
-
-def _tock(bar: Any, *_) -> None:
-    bar.update(25)  # iterations between two looks of an attack
-
-
-def _common(labels: Tensor, others: Tensor) -> int:
-    """How many of the labels are the same, in whichever order."""
-    return sum(min(int((labels == c).sum()), int((others == c).sum())) for c in labels.unique())
