@@ -11,7 +11,6 @@ found("02_inversion_comparisons")
 """
 
 import os
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -175,8 +174,7 @@ def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figur
     numbers = [f"image {number}" for number in range(1, columns + 1)]
     rows = dict(zip(numbers, torch.stack([*shown.values()], dim=1), strict=True))
     across = dict(zip(numbers, zip(*captions.values(), strict=True), strict=True))
-    titles = [textwrap.fill(name, 14) for name in shown]
-    return image_grid(rows, across, titles, **options)
+    return image_grid(rows, across, [*shown], **options)
 
 
 def pulls(shares: pandas.DataFrame) -> Figure:
