@@ -31,9 +31,10 @@ LABELS = {
     "ssim": "SSIM, higher is better",
     "ssim_padded": "SSIM with zero-padded border, higher is better",
     "lpips": "LPIPS, lower is better",
+    "batch_size": "batch size",
     "identified": "identified (share),\nhigher is better",
 }
-"""Axis labels of the metrics; any other column is labelled with its name."""
+"""Axis labels of columns; any other column is labelled with its name."""
 
 _LETTER = 0.6  # width, in units of the font size
 _MARKERS = "osD^vPX"
@@ -127,7 +128,7 @@ def image_grid(
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(caption, fontsize=7, labelpad=1)
     for axes, title in zip(grid[0], titles, strict=False):
-        axes.set_title(title, fontsize=8)
+        axes.set_title(textwrap.fill(title, 14), fontsize=8)
     seaborn.despine(figure, left=True, bottom=True)
     return _with_numbers(figure, pd.DataFrame(captions))
 
@@ -202,7 +203,7 @@ def interval_dots(
         for value in (references or {}).values() if part["count"].any() else ():
             axes.axhline(value, color=_GREY, linewidth=0.8, linestyle="--", zorder=1)
         axes.set_title(f"{title!s}\n{_what_is_drawn(part)}".strip(), fontsize=8)
-        axes.set_xlabel(x if xlabel is None else xlabel)
+        axes.set_xlabel(LABELS.get(x, x) if xlabel is None else xlabel)
     panels[0].set_ylabel(LABELS.get(y, y))
     handles = panels[0].get_legend_handles_labels()
     title, columns = None if hue == "arm" else hue, int(width / 1.7)

@@ -291,7 +291,7 @@ def test_the_caption_says_what_is_drawn_of_how_many_images_and_batches():
     interval = "mean and 95 % bootstrap interval"
     assert axes.get_title() == f"{interval}\nn = 4–32 images in 4 independent batches"
     assert axes.get_ylabel() == "PSNR (dB), higher is better"
-    assert axes.get_xlabel() == "batch_size"
+    assert axes.get_xlabel() == "batch size"
 
 
 def test_single_batches_have_no_interval():

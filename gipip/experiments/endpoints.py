@@ -19,7 +19,7 @@ from gipip.experiments.results import Results
 NOTHING_RECOVERED = "nothing recovered"
 NO_FAIR_OPPONENT = "no fair opponent could be trained here"
 NOT_MEASURED = "not measured yet"
-PENDING = "pending: not all planned units, or another network"
+PENDING = "pending: fewer units or a smaller network"
 
 
 class Planned(NamedTuple):

@@ -11,7 +11,6 @@ found("02_inversion_comparisons")
 """
 
 import os
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -138,7 +137,7 @@ def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
     printed above it instead, and once that single batches have no interval. A table of one row
     keeps its columns.
     """
-    frame = frame.astype(object).fillna(NOTHING)
+    frame = frame.where(frame.notna(), NOTHING)
     plain = frame.replace(r" \(no interval\)$", "", regex=True)
     if not plain.equals(frame):
         print("without an interval: means over a single batch")
@@ -175,8 +174,7 @@ def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figur
     numbers = [f"image {number}" for number in range(1, columns + 1)]
     rows = dict(zip(numbers, torch.stack([*shown.values()], dim=1), strict=True))
     across = dict(zip(numbers, zip(*captions.values(), strict=True), strict=True))
-    titles = [textwrap.fill(name, 14) for name in shown]
-    return image_grid(rows, across, titles, **options)
+    return image_grid(rows, across, [*shown], **options)
 
 
 def pulls(shares: pandas.DataFrame) -> Figure:
