@@ -322,7 +322,7 @@ def curve(history: Mapping[str, Sequence[float] | Tensor]) -> bytes:
     for term, values in history.items():
         axes.semilogy(values, label=term)
     if history:
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
