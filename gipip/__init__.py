@@ -1,7 +1,8 @@
 """Gradient inversion attacks in federated learning, reproduced and fairly judged.
 
-`import gipip` gives what the notebooks use; the README shows it in ten lines. The names, and where
-they are, stand in `__init__.pyi`; each is imported when it is first asked for.
+`import gipip` gives what the notebooks use; the README shows it in ten lines. The
+names, and where they are, stand in `__init__.pyi`; each is imported when it is first
+asked for.
 """
 
 import lazy_loader

@@ -1,11 +1,12 @@
-"""What the updates of your own federated learning give away: attacked within a given time, judged
-beside pictures that need no attack, and written down as one page.
+"""What the updates of your own federated learning give away: attacked within a given
+time, judged beside pictures that need no attack, and written down as one page.
 
     audit = gipip.audit(model, images, labels, defenses=[gipip.GaussianNoise(std=1e-3)], minutes=10)
     audit.page  # results/audit/audit.html; beside it audit.json
 
-What a defence leaves of updates is a *condition*; a *case* is one update, of one batch, under one
-condition. Every finished attack is kept: the same call loads it, and goes on with what is left.
+What a defence leaves of updates is a *condition*; a *case* is one update, of one batch,
+under one condition. Every finished attack is kept: the same call loads it, and goes on
+with what is left.
 """
 
 import base64
@@ -48,9 +49,9 @@ _TEMPLATE = Path(__file__).with_name("audit.html")
 class Audit:
     """What an audit found.
 
-    `page`: one self-contained HTML file, to hand on. `findings`: what it says, as data, which also
-    stand in `audit.json` beside it. `frame`: a row for each condition, attack and image (see
-    `gipip.evaluation.recovery`); empty without private images.
+    `page`: one self-contained HTML file, to hand on. `findings`: what it says, as data,
+    which also stand in `audit.json` beside it. `frame`: a row for each condition,
+    attack and image (see `gipip.evaluation.recovery`); empty without private images.
     """
 
     page: Path
@@ -82,23 +83,26 @@ def audit(
     seeds: int = 2,
     folder: Path | str = "results/audit",
 ) -> Audit:
-    """What a client with `model` gives away of `images`: attacked, judged, and written as
-    `folder`/audit.html and audit.json.
+    """What a client with `model` gives away of `images`: attacked, judged, and written
+    as `folder`/audit.html and audit.json.
 
-    `images`: float32 in [0, 1], (count, channels, height, width), with `labels`, or LabeledImages.
-    They are taken in batches of `batch_size`; a rest is left out. `updates`: captured ones to
-    attack, instead of those that a client is simulated to share; without images there are only
-    reconstructions and no measures. `defenses`: each, a defence or a list of them, is compared with
-    none. `fedavg`, `mode`: as of `Client.share`. `share_labels`: by default the attacker has to
-    infer them. `auxiliary`: other images of the kind, which the attacker owns; by default
-    CIFAR-10's 1,900 that ship, scaled. `train(defenses)`: trains under such a list, empty for none,
-    and gives the accuracy in [0, 1]. `minutes`: for all attacks together, from which the number of
-    iterations follows; the time of `train` comes on top. `seeds`: random starts of an attack, at
-    most; the one of lowest attacker-visible cost counts.
+    `images`: float32 in [0, 1], (count, channels, height, width), with `labels`, or
+    LabeledImages. They are taken in batches of `batch_size`; a rest is left out.
+    `updates`: captured ones to attack, instead of those that a client is simulated to
+    share; without images there are only reconstructions and no measures. `defenses`:
+    each, a defence or a list of them, is compared with none. `fedavg`, `mode`: as of
+    `Client.share`. `share_labels`: by default the attacker has to infer them.
+    `auxiliary`: other images of the kind, which the attacker owns; by default
+    CIFAR-10's 1,900 that ship, scaled. `train(defenses)`: trains under such a list,
+    empty for none, and gives the accuracy in [0, 1]. `minutes`: for all attacks
+    together, from which the number of iterations follows; the time of `train` comes on
+    top. `seeds`: random starts of an attack, at most; the one of lowest
+    attacker-visible cost counts.
 
-    What is finished is kept in `folder`: after an interruption, or when the time was too short, the
-    same call goes on. Raises DataError, LabelError, BatchSizeError, ModelError, DefenseError or
-    UpdateError for what cannot be used, before any attack; GipipError when no attack is possible.
+    What is finished is kept in `folder`: after an interruption, or when the time was
+    too short, the same call goes on. Raises DataError, LabelError, BatchSizeError,
+    ModelError, DefenseError or UpdateError for what cannot be used, before any attack;
+    GipipError when no attack is possible.
     """
     if not (math.isfinite(minutes) and minutes > 0 and seeds >= 1):
         raise DataError(f"Expected minutes > 0 and seeds ≥ 1; got {minutes} and {seeds}.")

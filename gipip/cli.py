@@ -91,10 +91,11 @@ def reproduce(
 ):
     """Run the notebooks and regenerate their figures.
 
-    Every finished attack is kept in the result store: after an interruption the same command goes
-    on where it was. With --budget, attacks under way pause, what is left is printed, and the exit
-    code is 75: `while gipip reproduce --profile paper --budget 9m; [ $? = 75 ]; do :; done` runs
-    all of it in pieces. DLG's attacks and trainings cannot pause; those begun run to their end.
+    Every finished attack is kept in the result store: after an interruption the same
+    command goes on where it was. With --budget, attacks under way pause, what is left
+    is printed, and the exit code is 75: `while gipip reproduce --profile paper --budget
+    9m; [ $? = 75 ]; do :; done` runs all of it in pieces. DLG's attacks and trainings
+    cannot pause; those begun run to their end.
     """
     from gipip.experiments.shipped import ShippedResults
     from gipip.reproduce import run
@@ -155,8 +156,8 @@ def attack(
 def _client_side(
     name: str, weights: Path | None, images: list[Path] | None, size: int, updates: list[Path]
 ) -> "tuple[gipip.ClientModel, gipip.LabeledImages | None, list[gipip.SharedUpdate]]":
-    """The model, one of gipip's or what a function of the user's code returns; the pictures, if
-    any; and the updates, which must be of that model.
+    """The model, one of gipip's or what a function of the user's code returns; the
+    pictures, if any; and the updates, which must be of that model.
     """
     import torch
 
@@ -266,8 +267,8 @@ def _table(frame) -> str:
 
 
 def _save_pictures(private, reconstructed, output: Path, name: str) -> None:
-    """Each reconstruction, and all in one picture below the private images, if there are any, in
-    output/name-1, or the next number that is not taken.
+    """Each reconstruction, and all in one picture below the private images, if there
+    are any, in output/name-1, or the next number that is not taken.
     """
     from torchvision.utils import save_image
 
@@ -318,9 +319,9 @@ def audit(
 ):
     """Say what a model's updates give away, as one HTML page and a JSON, within some minutes.
 
-    Of pictures of your own, which a client is simulated to train on, without a defence and under
-    each that is given; or of captured updates (--update). What is finished is kept: the same
-    command goes on from there.
+    Of pictures of your own, which a client is simulated to train on, without a defence
+    and under each that is given; or of captured updates (--update). What is finished is
+    kept: the same command goes on from there.
     """
     client, batch, captured = _client_side(model, weights, images, size, update or [])
     fedavg = gipip.FedAvg(steps=steps, learning_rate=learning_rate) if steps else None
@@ -346,8 +347,8 @@ def data(
 ):
     """List the data and weights at hand; with a name, get more.
 
-    cifar10: download all of it and verify it, 184 MB. imagenet64: prepare private photographs from
-    your copy of ImageNet.
+    cifar10: download all of it and verify it, 184 MB. imagenet64: prepare private
+    photographs from your copy of ImageNet.
     """
     from gipip.data.download import cache_folder, download_cifar10
     from gipip.files import DATA
@@ -400,9 +401,10 @@ def tune(
 ):
     """Choose an attack's weights for one condition, on tuning images that are never reported.
 
-    A pattern search from the weights that ship, or the attack's own. Prints every point tried and
-    the one of highest mean PSNR, and writes both in the format of data/tuned.json. Every finished
-    attack is kept in the store: after an interruption the same command goes on where it was.
+    A pattern search from the weights that ship, or the attack's own. Prints every point
+    tried and the one of highest mean PSNR, and writes both in the format of
+    data/tuned.json. Every finished attack is kept in the store: after an interruption
+    the same command goes on where it was.
     """
     import pandas
 

@@ -1,5 +1,5 @@
-"""A panel for a notebook: choose private images, a defence and an attack, press Start, and watch
-the reconstruction arrive beside the truth.
+"""A panel for a notebook: choose private images, a defence and an attack, press Start,
+and watch the reconstruction arrive beside the truth.
 """
 
 import html
@@ -44,13 +44,14 @@ _FOLDER = Path("results/explorer")
 
 
 def explore(data: gipip.Dataset, prior: gipip.AnomalyScore) -> ipywidgets.VBox | None:
-    """The panel of an `Explorer`, as the last expression of a cell; None, and a line that says so,
-    when nobody is there to use it.
+    """The panel of an `Explorer`, as the last expression of a cell; None, and a line
+    that says so, when nobody is there to use it.
 
-    `data`: whose private images are attacked, unless pictures are uploaded. `prior`: for GI-PIP and
-    the features attack; its offset c is set to 0, for which weights are tuned. The decoder of the
-    features attack is trained on the auxiliary images of `data`; GIAS takes the generator that
-    ships for `data`. Save writes to the folder results/explorer beside the notebook.
+    `data`: whose private images are attacked, unless pictures are uploaded. `prior`:
+    for GI-PIP and the features attack; its offset c is set to 0, for which weights are
+    tuned. The decoder of the features attack is trained on the auxiliary images of
+    `data`; GIAS takes the generator that ships for `data`. Save writes to the folder
+    results/explorer beside the notebook.
     """
     if headless():
         print("The explorer is a live panel: it is built only when a person has the notebook open.")
@@ -59,11 +60,11 @@ def explore(data: gipip.Dataset, prior: gipip.AnomalyScore) -> ipywidgets.VBox |
 
 
 class Explorer:
-    """Controls, pictures, the cost's curve and a progress bar in `panel`; an attack runs in a
-    thread, so that the kernel stays usable.
+    """Controls, pictures, the cost's curve and a progress bar in `panel`; an attack
+    runs in a thread, so that the kernel stays usable.
 
-    The private images go to the client, to the picture beside the reconstruction, and to the
-    metrics at the end; never to the attack.
+    The private images go to the client, to the picture beside the reconstruction, and
+    to the metrics at the end; never to the attack.
     """
 
     def __init__(self, data: gipip.Dataset, prior: gipip.AnomalyScore):
@@ -270,8 +271,8 @@ class Explorer:
         }
 
     def save(self, *_) -> None:
-        """Write the pictures, and configuration and quality as result.json, to a folder of their
-        own, which the message names.
+        """Write the pictures, and configuration and quality as result.json, to a folder
+        of their own, which the message names.
         """
         folder = _FOLDER.resolve() / time.strftime("%Y-%m-%d_%H-%M-%S")
         try:
@@ -300,8 +301,8 @@ def _uploaded(uploads: Sequence[Mapping[str, Any]], size: int) -> gipip.LabeledI
 
 
 def picture(images: Float[Tensor, "batch 3 height width"]) -> bytes:
-    """Images in [0, 1] side by side, more than one in two rows, enlarged without smoothing to about
-    400 × 256 pixels, as a PNG.
+    """Images in [0, 1] side by side, more than one in two rows, enlarged without
+    smoothing to about 400 × 256 pixels, as a PNG.
     """
     rows = min(2, len(images))
     columns = math.ceil(len(images) / rows)

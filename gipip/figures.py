@@ -104,8 +104,8 @@ def image_grid(
     titles: Sequence[str] = (),
     width: float = PAGE,
 ) -> Figure:
-    """Images in [0, 1] in labelled rows of equally many, at most eight, every pixel shown
-    as it is.
+    """Images in [0, 1] in labelled rows of equally many, at most eight, every pixel
+    shown as it is.
 
     `captions`: for any of the rows a text under each of its images, such as "18.9 dB".
     `titles`: a text over each column. `width` in inches; an image is at most an inch
@@ -333,8 +333,8 @@ def _positions(axes: Axes, values: pd.Series, xscale: str, room: float) -> np.nd
 
 
 def _draw_dots(axes: Axes, table: pd.DataFrame, arms: list, step: float, line: str) -> None:
-    """Dots of a table of intervals that is indexed by position and arm; arms stand `step`
-    points apart.
+    """Dots of a table of intervals that is indexed by position and arm; arms stand
+    `step` points apart.
     """
     for index, arm in enumerate(arms):
         part = table[table.index.get_level_values(1) == arm]
@@ -349,8 +349,8 @@ def _draw_dots(axes: Axes, table: pd.DataFrame, arms: list, step: float, line: s
 
 
 def _name_lines(figure: Figure, lines: pd.Series) -> None:
-    """The names of ascending horizontal lines, at the right of the last panel; those that
-    would touch are moved apart, by as little as possible.
+    """The names of ascending horizontal lines, at the right of the last panel; those
+    that would touch are moved apart, by as little as possible.
     """
     figure.draw_without_rendering()  # settles the height of the panel
     axes = figure.axes[-1]

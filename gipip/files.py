@@ -104,8 +104,9 @@ def read_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def read_kept(path: Path, read: Callable[[Path], T]) -> T | None:
-    """What `read(path)` gives, or None if it has to be computed: there is no such file, or it is a
-    damaged one, which is renamed to NAME.damaged-TIME with a warning, neither trusted nor lost.
+    """What `read(path)` gives, or None if it has to be computed: there is no such file,
+    or it is a damaged one, which is renamed to NAME.damaged-TIME with a warning,
+    neither trusted nor lost.
     """
     try:
         return read(path)

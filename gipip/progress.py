@@ -1,5 +1,5 @@
-"""Progress of long loops: a live bar for a person who watches, plain lines for a log; and the time
-by which they must stop.
+"""Progress of long loops: a live bar for a person who watches, plain lines for a log;
+and the time by which they must stop.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ _LINE = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed} passed, {remaining} left"
 
 
 def headless() -> bool:
-    """Whether nobody watches live: as GIPIP_HEADLESS in the environment says ("0": no), else if
-    there is no live notebook and no terminal.
+    """Whether nobody watches live: as GIPIP_HEADLESS in the environment says ("0": no),
+    else if there is no live notebook and no terminal.
 
     Set it for papermill, which runs a real kernel in which a live bar would freeze.
     """
@@ -43,8 +43,9 @@ def quiet() -> Iterator[None]:
 
 
 def progress(iterable: Iterable | None = None, *, description: str = "", **options) -> tqdm.tqdm:
-    """A tqdm bar around `iterable`, or one to `update()` (a context manager), on stderr; headless:
-    lines, ten seconds apart. `options`: tqdm's, such as `total` and `unit`.
+    """A tqdm bar around `iterable`, or one to `update()` (a context manager), on
+    stderr; headless: lines, ten seconds apart. `options`: tqdm's, such as `total` and
+    `unit`.
     """
     options |= {"desc": description, "disable": _quiet.get()}
     if not headless():
@@ -63,15 +64,15 @@ class _Lines:
 
 
 def time_limit() -> float:
-    """When long work must stop, in seconds since the epoch: GIPIP_DEADLINE in the environment,
-    else never.
+    """When long work must stop, in seconds since the epoch: GIPIP_DEADLINE in the
+    environment, else never.
     """
     return float(os.environ.get("GIPIP_DEADLINE") or "inf")
 
 
 def require_time(limit: float | None = None) -> None:
-    """Raise OutOfTime if the limit, by default the environment's, is over: to be called before
-    long work begins.
+    """Raise OutOfTime if the limit, by default the environment's, is over: to be called
+    before long work begins.
     """
     if time.time() >= (time_limit() if limit is None else limit):
         raise OutOfTime("The time is over.")

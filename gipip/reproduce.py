@@ -1,5 +1,5 @@
-"""Runs the notebooks in one of the profiles of `notebooks/profiles.yaml`, and believes only what
-really ran.
+"""Runs the notebooks in one of the profiles of `notebooks/profiles.yaml`, and believes
+only what really ran.
 
 A second run is fast because every result is in the result store, not because a notebook is skipped.
 """
@@ -70,14 +70,15 @@ def run(
 ) -> list[Path]:
     """Run the notebooks of `folder` in order, each in a kernel of its own; gives the executed ones.
 
-    `only`: numbers ("02") or names ("02_inversion") of those to run; all by default. Executed
-    copies go to `output`, by default results/notebooks/PROFILE beside the folder. `in_place` stores
-    the outputs in the notebooks themselves, so that two executions give the same bytes.
-    `parameters` go to every notebook that declares them, whatever the profile says. `budget`:
-    seconds after which attacks pause and OutOfTime says what is left; the same call goes on from
-    there. In the end what the notebooks found is joined in claims.csv. `report` receives a
-    line for each step. Raises `ProfileError` before anything runs for an unknown profile, notebook
-    or parameter, and `NotebookError` at the first notebook that fails.
+    `only`: numbers ("02") or names ("02_inversion") of those to run; all by default.
+    Executed copies go to `output`, by default results/notebooks/PROFILE beside the
+    folder. `in_place` stores the outputs in the notebooks themselves, so that two
+    executions give the same bytes. `parameters` go to every notebook that declares
+    them, whatever the profile says. `budget`: seconds after which attacks pause and
+    OutOfTime says what is left; the same call goes on from there. In the end what the
+    notebooks found is joined in claims.csv. `report` receives a line for each step.
+    Raises `ProfileError` before anything runs for an unknown profile, notebook or
+    parameter, and `NotebookError` at the first notebook that fails.
     """
     limit = _limit(budget)
     folder = Path(folder or notebooks_folder()).resolve()
@@ -122,11 +123,11 @@ def plan(
     folder: Path | str | None = None,
     parameters: Mapping[str, object] | None = None,
 ) -> dict[str, dict]:
-    """The parameters of each chosen notebook, in order: of "all", its own, and the given ones that
-    it declares.
+    """The parameters of each chosen notebook, in order: of "all", its own, and the
+    given ones that it declares.
 
-    The whole profile is checked: raises `ProfileError` for a notebook or parameter that does not
-    exist.
+    The whole profile is checked: raises `ProfileError` for a notebook or parameter that
+    does not exist.
     """
     folder = Path(folder or notebooks_folder())
     profiles = _read_profiles(folder)
@@ -183,8 +184,8 @@ def _named(wanted: str, names: list[str]) -> str:
 def _join_findings(
     profile: str, settings: dict[str, dict], folder: Path, report: Callable[[str], None]
 ) -> None:
-    """claims.csv and comparisons.csv where the profile sends figures; the profile cpu also shows
-    them in README.md and docs/claims.md.
+    """claims.csv and comparisons.csv where the profile sends figures; the profile cpu
+    also shows them in README.md and docs/claims.md.
     """
     from gipip.experiments.claims import collect_findings, write_findings
 

@@ -1,7 +1,8 @@
 """Gradient inversion attacks: one file an attack, one optimisation loop (loop.py).
 
-Every module of this folder is imported, so that a new attack is one new file: a class of
-`gipip.attacks.base.Attack` with a `name` is found here, on the command line and in the tests.
+Every module of this folder is imported, so that a new attack is one new file: a class
+of `gipip.attacks.base.Attack` with a `name` is found here, on the command line and in
+the tests.
 """
 
 import importlib

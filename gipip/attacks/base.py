@@ -1,8 +1,8 @@
 """What an attack is: a few small steps around the one optimisation loop (loop.py).
 
-An attack sees the model, the shared update and its prior; nothing else. Subclasses say what is
-optimised (`variables`), with which optimiser, which `terms` make up the cost, and what holds after
-each step (`project`).
+An attack sees the model, the shared update and its prior; nothing else. Subclasses say
+what is optimised (`variables`), with which optimiser, which `terms` make up the cost,
+and what holds after each step (`project`).
 """
 
 import time
@@ -41,9 +41,9 @@ ATTACKS: dict[str, type["Attack"]] = {}
 class Attack(BaseModel):
     """A gradient inversion attack: `attack(model, update)` gives a Reconstruction.
 
-    `iterations`: steps of the optimiser. `restarts`: independent starts, of which the one with the
-    lowest attacker-visible cost is returned. `seed`: of the random starts. `returns`: the last
-    iterate, or the one of lowest attacker-visible cost.
+    `iterations`: steps of the optimiser. `restarts`: independent starts, of which the
+    one with the lowest attacker-visible cost is returned. `seed`: of the random starts.
+    `returns`: the last iterate, or the one of lowest attacker-visible cost.
     """
 
     model_config = ConfigDict(
@@ -69,8 +69,8 @@ class Attack(BaseModel):
     def tuned(cls, condition: str, *, arm: str = "", **changes) -> Self:
         """Settings tuned for a `Scenario.condition`, such as "cifar10/convnet/B=4".
 
-        `changes` override single ones. `arm`: the name they were tuned under, by default the
-        class's. Raises DataError when none ship.
+        `changes` override single ones. `arm`: the name they were tuned under, by
+        default the class's. Raises DataError when none ship.
         """
         return cls(**tuned(arm or cls.__name__, condition) | changes)
 
@@ -145,13 +145,15 @@ class Attack(BaseModel):
     ) -> Reconstruction:
         """Reconstruct the images behind `update`, which a client with `model` shared.
 
-        `engine`: how the gradient is computed (see `gipip.attacks.engines`), by default the fastest
-        one; they differ by rounding only. `chunk_size`: take the candidates' gradient from so many
-        images at a time, for less memory. `watch(iteration, images, cost)` is called every
-        `watch_every` iterations with the candidate in [0, 1]; it may raise StopIteration to end the
-        attack. Ctrl-C ends it too; either way what there is comes back. `checkpoint`: a file from
-        which an attack that did not end goes on; OutOfTime when it pauses there. Raises ModelError,
-        UpdateError, LabelError, BatchSizeError or EngineError before the first iteration.
+        `engine`: how the gradient is computed (see `gipip.attacks.engines`), by default
+        the fastest one; they differ by rounding only. `chunk_size`: take the
+        candidates' gradient from so many images at a time, for less memory.
+        `watch(iteration, images, cost)` is called every `watch_every` iterations with
+        the candidate in [0, 1]; it may raise StopIteration to end the attack. Ctrl-C
+        ends it too; either way what there is comes back. `checkpoint`: a file from
+        which an attack that did not end goes on; OutOfTime when it pauses there. Raises
+        ModelError, UpdateError, LabelError, BatchSizeError or EngineError before the
+        first iteration.
         """
         started = time.perf_counter()
         update.check(model)

@@ -1,5 +1,5 @@
-"""Attacks that pause when their time is over, or die, and go on another time: on a CPU with the
-very bits of one that never stopped.
+"""Attacks that pause when their time is over, or die, and go on another time: on a CPU
+with the very bits of one that never stopped.
 """
 
 import time
@@ -20,10 +20,11 @@ _EVERY = 180  # seconds between two writes: what a machine that is killed loses
 class Checkpoint(Observer):
     """Where an attack is kept while it is under way, and when it must pause.
 
-    `path`: of the files, one for each of the attack's courses: `path`-1.safetensors, …. `deadline`:
-    seconds since the epoch. `run`: names what is computed; the file of another run is not taken.
-    `earlier`: the seconds that the courses which went on here had taken before. A course that has
-    ended is kept like any other, so it is not repeated while the attack's others are under way.
+    `path`: of the files, one for each of the attack's courses: `path`-1.safetensors, ….
+    `deadline`: seconds since the epoch. `run`: names what is computed; the file of
+    another run is not taken. `earlier`: the seconds that the courses which went on here
+    had taken before. A course that has ended is kept like any other, so it is not
+    repeated while the attack's others are under way.
     """
 
     def __init__(self, path: Path, deadline: float = float("inf"), run: str = ""):

@@ -18,8 +18,9 @@ from gipip.federation.models import ClientModel
 class DLG(Attack):
     """cost(x, y) = Σ (∇θL(x, softmax(y)) − g*)², by L-BFGS over images and soft labels, no box.
 
-    One iteration is one L-BFGS step of at most `inner_iterations` line-free updates. Works on
-    smooth networks (sigmoid); on ReLU networks with BatchNorm it is known to fail.
+    One iteration is one L-BFGS step of at most `inner_iterations` line-free updates.
+    Works on smooth networks (sigmoid); on ReLU networks with BatchNorm it is known to
+    fail.
     """
 
     name = "dlg"

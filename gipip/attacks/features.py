@@ -1,13 +1,14 @@
 """What the last layer's gradient gives away: the features of each single image.
 
-Let H (B × D) be what enters the last linear layer, W its weights, b its bias, and
-E = softmax(HWᵀ + b) − Y, with the one-hot labels Y. The layer's gradient is G_W = EᵀH/B and
-G_b = Eᵀ1/B. With the singular value decomposition G_W = UΣVᵀ of rank B the features are H = MΣVᵀ,
-with a B × B matrix M: B² unknowns for the B × C equations EᵀM/B = U.
+Let H (B × D) be what enters the last linear layer, W its weights, b its bias, and E =
+softmax(HWᵀ + b) − Y, with the one-hot labels Y. The layer's gradient is G_W = EᵀH/B and
+G_b = Eᵀ1/B. With the singular value decomposition G_W = UΣVᵀ of rank B the features are
+H = MΣVᵀ, with a B × B matrix M: B² unknowns for the B × C equations EᵀM/B = U.
 
-Single images were read off such gradients by Geiping et al. (2020, proposition 3.1), batches by the
-Cocktail Party Attack (Kariyappa et al., ICML 2023: independent components) and SPEAR (Dimitrov et
-al., NeurIPS 2024: zeros of ReLU); here the softmax is used as well, and says what is right.
+Single images were read off such gradients by Geiping et al. (2020, proposition 3.1),
+batches by the Cocktail Party Attack (Kariyappa et al., ICML 2023: independent
+components) and SPEAR (Dimitrov et al., NeurIPS 2024: zeros of ReLU); here the softmax
+is used as well, and says what is right.
 """
 
 import copy
@@ -42,12 +43,13 @@ _LARGEST_JACOBIAN = 5_000_000  # entries
 class RecoveredFeatures:
     """The features of each image of a batch, in the order of `labels`.
 
-    `features`: what entered the last linear layer, `logits`: what left it. `residual`: by how much
-    the gradient that these features would have caused differs from the shared one, relative to it.
-    `covariance`: between the images, of the errors of a feature that the residual, rounding, noise
-    or local steps let expect. `known`: which features the update tells of at all; the others, which
-    a client has pruned, are 0. `status`: "exact" when the residual is no more than rounding and
-    each image is told apart from the others (`errors` below 1 %), else "approximate".
+    `features`: what entered the last linear layer, `logits`: what left it. `residual`:
+    by how much the gradient that these features would have caused differs from the
+    shared one, relative to it. `covariance`: between the images, of the errors of a
+    feature that the residual, rounding, noise or local steps let expect. `known`: which
+    features the update tells of at all; the others, which a client has pruned, are 0.
+    `status`: "exact" when the residual is no more than rounding and each image is told
+    apart from the others (`errors` below 1 %), else "approximate".
     """
 
     features: Float64[Tensor, "batch features"]
@@ -60,8 +62,8 @@ class RecoveredFeatures:
 
     @property
     def errors(self) -> Float64[Tensor, "batch"]:
-        """The relative error to expect of each image's features; large where an image adds next to
-        nothing to the gradient, as one that a trained client is sure of.
+        """The relative error to expect of each image's features; large where an image
+        adds next to nothing to the gradient, as one that a trained client is sure of.
         """
         variances = self.covariance.diagonal() * self.features.shape[1]
         return variances.sqrt() / self.features.norm(dim=1)
@@ -70,15 +72,17 @@ class RecoveredFeatures:
 def recover_features(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
     """The features of every image behind `update`, from the gradient of the last linear layer.
 
-    First by a fixed-point iteration from uniform predictions, then by Levenberg–Marquardt from
-    several starts. The gradient's scale is taken as unknown, so clipping does no harm. Missing
-    labels are inferred. The rest is approximate: noise, whose strength follows from what exceeds
-    rank B, leaves the least-squares solution; missing entries are estimated with the features; of
-    local steps those of the last layer are simulated, and the drift of features is deducted; of
-    features that Soteria pruned, the logits' mean is known from the bias gradient.
+    First by a fixed-point iteration from uniform predictions, then by
+    Levenberg–Marquardt from several starts. The gradient's scale is taken as unknown,
+    so clipping does no harm. Missing labels are inferred. The rest is approximate:
+    noise, whose strength follows from what exceeds rank B, leaves the least-squares
+    solution; missing entries are estimated with the features; of local steps those of
+    the last layer are simulated, and the drift of features is deducted; of features
+    that Soteria pruned, the logits' mean is known from the bias gradient.
 
-    Raises UpdateError when nothing can be recovered: as many images as classes or more, or a last
-    layer that is frozen or shares only zeros; ModelError when the last layer is not linear.
+    Raises UpdateError when nothing can be recovered: as many images as classes or more,
+    or a last layer that is frozen or shares only zeros; ModelError when the last layer
+    is not linear.
     """
     update.check(model)
     return recovered(model, update)
@@ -112,8 +116,9 @@ def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
 
 
 def _drift(model: ClientModel, update: SharedUpdate, fedavg: FedAvg) -> tuple[Tensor, Tensor]:
-    """By how much local training has moved each image's features when they were used (B × D), and
-    the variance of that: as it moves those of random patches of colour in the model half-way.
+    """By how much local training has moved each image's features when they were used (B
+    × D), and the variance of that: as it moves those of random patches of colour in the
+    model half-way.
     """
     steps, images = range(fedavg.steps), torch.arange(update.batch_size)
     used = torch.stack(
@@ -169,9 +174,9 @@ def softmax(logits: ndarray) -> ndarray:
 class _Span:
     """The equations t·ẼᵀM = U and t·Ẽᵀ1 = g̃ for the B × B matrix M and the update's scale t.
 
-    Rows (classes) are divided by their rounding error, so that all equations are equally precise: Ẽ
-    = E / (B·scale), UΣVᵀ = G_W / scale. The rounding of a class's row is relative to its own norm,
-    but for a label's at least to that of p − 1 = O(1).
+    Rows (classes) are divided by their rounding error, so that all equations are
+    equally precise: Ẽ = E / (B·scale), UΣVᵀ = G_W / scale. The rounding of a class's
+    row is relative to its own norm, but for a label's at least to that of p − 1 = O(1).
     """
 
     weight: ndarray
@@ -243,8 +248,8 @@ class _Span:
         return matrix @ self.logits_span + self.bias
 
     def wrongness(self, logits: ndarray, gram: ndarray) -> ndarray:
-        """Ẽ, its mean over the client's local steps, of logits before the first one. Each step
-        moves the layer, and so the logits, by HHᵀ + 11ᵀ (`gram`) times E.
+        """Ẽ, its mean over the client's local steps, of logits before the first one.
+        Each step moves the layer, and so the logits, by HHᵀ + 11ᵀ (`gram`) times E.
         """
         size, total = len(self.labels), np.zeros_like(logits)
         for step in range(self.fedavg.steps):
@@ -328,9 +333,10 @@ class _Span:
     def peeled(self, any_label: bool = False) -> "tuple[_Span, ndarray]":
         """One image after another, by the zeros that ReLU leaves among the features (as SPEAR).
 
-        Where r images are left, and r − 1 features are zero for one of them, its row of M is what
-        is orthogonal to these columns of ΣVᵀ and to all of Ẽ found so far; G_b tells its length. Of
-        many random choices of r − 1 features that one is taken whose predictions fit best.
+        Where r images are left, and r − 1 features are zero for one of them, its row of
+        M is what is orthogonal to these columns of ΣVᵀ and to all of Ẽ found so far;
+        G_b tells its length. Of many random choices of r − 1 features that one is taken
+        whose predictions fit best.
         """
         generator = np.random.default_rng(0)
         left = list(range(len(self.bias))) if any_label else self.labels.tolist()
@@ -365,8 +371,8 @@ class _Span:
         return rows / (rows @ (self.factors[0].T @ self.scaled_bias))[:, None]
 
     def misfits(self, rows: ndarray, labels: ndarray) -> tuple[ndarray, ndarray]:
-        """How far each row's Ẽ, with each label, is from one of U's span whose product with the row
-        is 1 (candidates, labels); and the Ẽ in coordinates of U.
+        """How far each row's Ẽ, with each label, is from one of U's span whose product
+        with the row is 1 (candidates, labels); and the Ẽ in coordinates of U.
         """
         unit = self.scale * len(self.labels)
         predictions = softmax(self.logits(rows)) / unit
@@ -407,8 +413,8 @@ class _Span:
                 yield span.peeled(any_label=True)
 
     def polished(self, unknowns: ndarray) -> ndarray:
-        """The minimum of the residuals' squares near a start, by Levenberg–Marquardt; the start
-        itself where there are too many unknowns.
+        """The minimum of the residuals' squares near a start, by Levenberg–Marquardt;
+        the start itself where there are too many unknowns.
         """
         if self.pruned or not self.small or not np.isfinite(self.residuals(unknowns)).all():
             return unknowns
@@ -439,23 +445,24 @@ class _Span:
 
     @cached_property
     def missing(self) -> ndarray:
-        """Entries of G_W that are zero beside others in their row and column. (A column of zeros is
-        a feature that no image has.)
+        """Entries of G_W that are zero beside others in their row and column. (A column
+        of zeros is a feature that no image has.)
         """
         shared = self.gradient != 0
         return ~shared & shared.any(axis=0) & shared.any(axis=1, keepdims=True)
 
     @property
     def sparsified(self) -> bool:
-        """Whether the client left out what is small: then nothing small is there. (Beside what a
-        trained client is sure of, which rounds to 0, there is.)
+        """Whether the client left out what is small: then nothing small is there.
+        (Beside what a trained client is sure of, which rounds to 0, there is.)
         """
         shared = np.abs(self.gradient[self.gradient != 0])
         return bool(self.missing.any() and shared.min() > 0.01 * np.sqrt(np.mean(shared**2)))
 
     def completed(self) -> RecoveredFeatures:
-        """With what a client left out of G_W, because it was small, estimated in turn with the
-        features: each by least squares, where estimates count less than what is there.
+        """With what a client left out of G_W, because it was small, estimated in turn
+        with the features: each by least squares, where estimates count less than what
+        is there.
         """
         filled, bound = self.gradient, np.abs(self.gradient[self.gradient != 0]).min()
         weights = np.where(self.missing, _DOUBT, 1.0)
@@ -505,15 +512,15 @@ class _Span:
         )
 
     def least_squares(self, wrong: ndarray) -> tuple[ndarray, ndarray]:
-        """The features that fit G_W best, also out of the span, where noise has bent that; and the
-        covariance of the errors.
+        """The features that fit G_W best, also out of the span, where noise has bent
+        that; and the covariance of the errors.
         """
         inverse = np.linalg.pinv(wrong.T) / self.scale
         return inverse @ self.gradient, self.noise**2 * inverse @ inverse.T
 
     def covariance(self, unknowns: ndarray, residual: float) -> ndarray:
-        """Between the images' errors of a feature: out of the span and, where the Jacobian is
-        small, in it.
+        """Between the images' errors of a feature: out of the span and, where the
+        Jacobian is small, in it.
         """
         matrix, _ = self.unpacked(unknowns)
         size, features = len(matrix), self.gradient.shape[1]

@@ -1,5 +1,5 @@
-"""GAN-based inversion, GIAS (Jeon et al., NeurIPS 2021): search a generator's latents, then the
-weights of a copy of it for each image.
+"""GAN-based inversion, GIAS (Jeon et al., NeurIPS 2021): search a generator's latents,
+then the weights of a copy of it for each image.
 """
 
 from pydantic import PositiveFloat, PositiveInt
@@ -35,12 +35,12 @@ class LatentSearch(InvertingGradients):
 
 
 class GIAS(LatentSearch):
-    """Latent search, then parameter search: the weights of one generator copy an image are
-    optimised, its latent stays (Jeon et al. 2021).
+    """Latent search, then parameter search: the weights of one generator copy an image
+    are optimised, its latent stays (Jeon et al. 2021).
 
-    `latent_iterations`, `latent_restarts`, `latent_learning_rate`: of the latent search, whose best
-    result by attacker-visible cost is where the `iterations` of the parameter search start.
-    `learning_rate`: of the parameter search.
+    `latent_iterations`, `latent_restarts`, `latent_learning_rate`: of the latent
+    search, whose best result by attacker-visible cost is where the `iterations` of the
+    parameter search start. `learning_rate`: of the parameter search.
     """
 
     name = "gias"

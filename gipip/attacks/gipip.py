@@ -14,8 +14,9 @@ from gipip.priors.autoencoder import AnomalyScore
 class GIPIP(InvertingGradients):
     """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x) + λ_AS·AS(x) (Sun et al. 2024).
 
-    `prior`: the attacker's anomaly score. `as_weight`: λ_AS. `score_per`: "image" scores each image
-    and takes the mean; "batch" scores the mean error of the whole batch, as the reference does.
+    `prior`: the attacker's anomaly score. `as_weight`: λ_AS. `score_per`: "image"
+    scores each image and takes the mean; "batch" scores the mean error of the whole
+    batch, as the reference does.
     """
 
     name = "gipip"

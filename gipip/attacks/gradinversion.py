@@ -17,15 +17,16 @@ from gipip.federation.models import Images
 
 
 class GradInversion(InvertingGradients):
-    """cost = gradient matching + λ_TV·TV + λ_BN·Σ_l (‖μ_l(x) − μ_l‖² + ‖σ²_l(x) − σ²_l‖²)
-    + λ_group·‖x − mean over seeds of x‖².
+    """cost = gradient matching + λ_TV·TV + λ_BN·Σ_l (‖μ_l(x) − μ_l‖² + ‖σ²_l(x) −
+    σ²_l‖²) + λ_group·‖x − mean over seeds of x‖².
 
-    It needs what other attacks do without: the statistics of the private batch at every BatchNorm
-    layer, which no client has to share (Huang et al., NeurIPS 2021). `seeds`: candidates optimised
-    side by side, of which the one that matches the gradient best is returned. `statistics_weight`:
-    λ_BN, with the sum taken as a mean over layers and channels. `group_weight`: λ_group, mean over
-    pixels; the consensus is the pixel-wise mean, without the paper's registration. The gradient is
-    matched by its direction, as in Inverting Gradients.
+    It needs what other attacks do without: the statistics of the private batch at every
+    BatchNorm layer, which no client has to share (Huang et al., NeurIPS 2021). `seeds`:
+    candidates optimised side by side, of which the one that matches the gradient best
+    is returned. `statistics_weight`: λ_BN, with the sum taken as a mean over layers and
+    channels. `group_weight`: λ_group, mean over pixels; the consensus is the pixel-wise
+    mean, without the paper's registration. The gradient is matched by its direction, as
+    in Inverting Gradients.
     """
 
     name = "gradinversion"

@@ -21,10 +21,11 @@ _STEP_DIVISORS = (2.667, 1.6, 1.142)  # of the iterations: 8/3, 8/5 and 8/7 as t
 class InvertingGradients(Attack):
     """cost(x) = 1 − cos(∇θL(x, y), g*) + λ_TV·TV(x), by Adam in the box that [0, 1] becomes.
 
-    `tv_weight`: λ_TV. `signed`: Adam receives the sign of the gradient. `schedule`: "cosine" falls
-    to zero, "steps" multiplies the learning rate by 0.1 at 3/8, 5/8 and 7/8 of the iterations,
-    rounded as in the reference implementations. `masked`: match only the entries that are not zero
-    in g*, the answer to a client that shares a sparsified gradient.
+    `tv_weight`: λ_TV. `signed`: Adam receives the sign of the gradient. `schedule`:
+    "cosine" falls to zero, "steps" multiplies the learning rate by 0.1 at 3/8, 5/8 and
+    7/8 of the iterations, rounded as in the reference implementations. `masked`: match
+    only the entries that are not zero in g*, the answer to a client that shares a
+    sparsified gradient.
     """
 
     name = "ig"

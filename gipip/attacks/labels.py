@@ -52,8 +52,8 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
 
 
 def logit_gradients(update: SharedUpdate, layer: str) -> dict[str, Tensor]:
-    """What the update holds of "weight" and "bias" of the layer that gives the logits, a row
-    for each class: (−g, g) where there is one logit for two.
+    """What the update holds of "weight" and "bias" of the layer that gives the logits,
+    a row for each class: (−g, g) where there is one logit for two.
     """
     shared = dict(zip(update.parameter_names, update.gradients, strict=True))
     held = {kind: shared.get(f"{layer}.{kind}") for kind in ("weight", "bias")}

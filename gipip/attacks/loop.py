@@ -19,9 +19,10 @@ _CHECK_EVERY = 20  # steps between looks at the cost: each look makes a GPU wait
 class Course:
     """Where an optimisation is, and how it goes on.
 
-    `variables`: what is optimised, in place. `best`: their values of lowest cost so far, never of a
-    cost that is not finite. `history`: the weighted terms of the cost before each step, in the end
-    also after the last. `stopped`: whether the user ended it. `images` shows the variables.
+    `variables`: what is optimised, in place. `best`: their values of lowest cost so
+    far, never of a cost that is not finite. `history`: the weighted terms of the cost
+    before each step, in the end also after the last. `stopped`: whether the user ended
+    it. `images` shows the variables.
     """
 
     iterations: int
@@ -110,8 +111,9 @@ def minimise(
 ) -> Course:
     """Take the steps that are left of the course, and note the cost that they lead to.
 
-    `direction`: what the optimiser receives in place of a gradient. `project`: restores constraints
-    in place after a step. `replayed`: makes the step one that does the same, faster.
+    `direction`: what the optimiser receives in place of a gradient. `project`: restores
+    constraints in place after a step. `replayed`: makes the step one that does the
+    same, faster.
     """
 
     def step() -> Terms:

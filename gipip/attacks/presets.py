@@ -23,9 +23,9 @@ _RELEASED_BASELINE_TV = {"cifar10": 1e-6, "imagenet64": 1e-4}
 def released(attack: str, dataset: str, batch_size: int) -> dict:
     """Settings of `attack` ("GIPIP", or its baseline "InvertingGradients") in GI-PIP's public code.
 
-    Both take plain Adam: that code has an option for the gradient's sign, and never reads it.
-    Raises DataError or BatchSizeError for a data set or batch size that the code has no weights
-    for.
+    Both take plain Adam: that code has an option for the gradient's sign, and never
+    reads it. Raises DataError or BatchSizeError for a data set or batch size that the
+    code has no weights for.
     """
     weights = _RELEASED_WEIGHTS.get(dataset)
     if weights is None:
@@ -49,8 +49,8 @@ def released(attack: str, dataset: str, batch_size: int) -> dict:
 def tuned(arm: str, condition: str) -> dict:
     """Settings of an arm found on tuning images for a condition, such as "cifar10/convnet/B=4".
 
-    They ship in `data/tuned.json`; `Scenario.condition` gives the key. Raises DataError when there
-    are none.
+    They ship in `data/tuned.json`; `Scenario.condition` gives the key. Raises DataError
+    when there are none.
     """
     table = json.loads((DATA / "tuned.json").read_text())["settings"]
     if arm in table.get(condition, {}):

@@ -22,13 +22,14 @@ Prior = TypeVar("Prior", bound=nn.Module)
 class Reconstruction:
     """What an attack recovered, and how.
 
-    `images`: float32 in [0, 1], shape (batch, 3, height, width), on the CPU. `labels`: given,
-    inferred or optimised ones, as `assumptions` says. `history`: for each weighted term of the cost
-    its value before every iteration and after the last, shape (iterations + 1,); the cost is their
-    sum. `restart_costs`: the attacker-visible cost of each restart's result; the lowest is
-    returned. `returned`: which iterate the images are. `engine`: how the gradient was computed.
-    `interrupted`: whether the user stopped it before its last iteration. `notes`: what went wrong
-    on the way (non-finite costs, interruption).
+    `images`: float32 in [0, 1], shape (batch, 3, height, width), on the CPU. `labels`:
+    given, inferred or optimised ones, as `assumptions` says. `history`: for each
+    weighted term of the cost its value before every iteration and after the last, shape
+    (iterations + 1,); the cost is their sum. `restart_costs`: the attacker-visible cost
+    of each restart's result; the lowest is returned. `returned`: which iterate the
+    images are. `engine`: how the gradient was computed. `interrupted`: whether the user
+    stopped it before its last iteration. `notes`: what went wrong on the way
+    (non-finite costs, interruption).
     """
 
     images: Images
@@ -48,10 +49,11 @@ class Reconstruction:
 class View:
     """All that an attack works with.
 
-    `gradients(images, labels)`: what a client with these normalised images and labels (class
-    indices or distributions) would share, differentiable. `target`: what the client did share, g*.
-    `labels`: None if the attack optimises them. `start`: what an earlier stage found, for the next.
-    `apart`: the layer whose gradient an earlier stage took apart, so that it is matched no more.
+    `gradients(images, labels)`: what a client with these normalised images and labels
+    (class indices or distributions) would share, differentiable. `target`: what the
+    client did share, g*. `labels`: None if the attack optimises them. `start`: what an
+    earlier stage found, for the next. `apart`: the layer whose gradient an earlier
+    stage took apart, so that it is matched no more.
     """
 
     model: ClientModel

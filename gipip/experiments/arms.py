@@ -1,9 +1,10 @@
 """What notebooks compare: arms, their runs, and the claims of the paper that they speak of.
 
-An *arm* is a named attack; a comparison gives the same units to all of its arms. A *unit* is one
-private batch: number i is attacked on client weights of seed i mod 3, with the prior that was
-trained with seed i mod 3, from the random start i, so that intervals hold the variance of all.
-A *condition* is what weights are tuned for (`Scenario.condition`).
+An *arm* is a named attack; a comparison gives the same units to all of its arms. A
+*unit* is one private batch: number i is attacked on client weights of seed i mod 3,
+with the prior that was trained with seed i mod 3, from the random start i, so that
+intervals hold the variance of all. A *condition* is what weights are tuned for
+(`Scenario.condition`).
 
     priors = three_priors("cifar10")
     scenarios = units(6, model="convnet16", batch_size=4)
@@ -56,8 +57,9 @@ Arm = Attack | Sequence[Attack]
 
 
 def units(count: int, **about) -> list[Scenario]:
-    """Scenarios on the first `count` batches; `about`: the other fields of `Scenario`. Untrained
-    clients have weights of three seeds in turn, unless `about` names a `model_seed`.
+    """Scenarios on the first `count` batches; `about`: the other fields of `Scenario`.
+    Untrained clients have weights of three seeds in turn, unless `about` names a
+    `model_seed`.
     """
     clients = 1 if about.get("epochs") else SEEDS
     return [
@@ -72,8 +74,8 @@ def three_priors(name: str) -> list[AnomalyScore]:
 
 
 def runs(scenarios: Iterable[Scenario], arms: Mapping[str, Arm], reseed: bool = True) -> list[Run]:
-    """Every arm on every scenario, from the random start of the scenario's own number, or (without
-    `reseed`) of the attack's.
+    """Every arm on every scenario, from the random start of the scenario's own number,
+    or (without `reseed`) of the attack's.
     """
     todo = []
     for scenario in scenarios:
@@ -109,11 +111,12 @@ def equal_tv(scenarios: Iterable[Scenario], priors: Sequence[AnomalyScore], **ch
 def decoded(
     scenarios: Sequence[Scenario], auxiliary: LabeledImages | None = None, **training
 ) -> list[FeatureInversion]:
-    """The features attack without iterations on scenarios of one condition. Each client model gets
-    its own decoder, for the `auxiliary` images (none given: see `auxiliary_images`).
+    """The features attack without iterations on scenarios of one condition. Each client
+    model gets its own decoder, for the `auxiliary` images (none given: see
+    `auxiliary_images`).
 
-    `training`: settings of `train_decoder`. Under a defence, only entries that are not zero would
-    be matched.
+    `training`: settings of `train_decoder`. Under a defence, only entries that are not
+    zero would be matched.
     """
     attacks = []
     for scenario in scenarios[:SEEDS]:
@@ -127,8 +130,8 @@ def decoded(
 def from_features(
     start: Sequence[FeatureInversion], scores: Sequence[AnomalyScore], iterations: int
 ) -> dict[str, Arm]:
-    """The features attack from what `decoded` gives, the `start`: that alone, "refined", and
-    "refined, with AS", the anomaly score of the same seed.
+    """The features attack from what `decoded` gives, the `start`: that alone,
+    "refined", and "refined, with AS", the anomaly score of the same seed.
     """
     refined = [attack.model_copy(update={"iterations": iterations}) for attack in start]
     pairs = zip(refined, scores, strict=False)
@@ -139,8 +142,8 @@ def from_features(
 def started(
     attacks: Mapping[str, Arm], start: Sequence[FeatureInversion]
 ) -> dict[str, list[FeatureInversion]]:
-    """Inverting Gradients and GI-PIP, with all their settings, from what `decoded` gives (the
-    `start`) instead of from noise. Each is named "…, decoded start".
+    """Inverting Gradients and GI-PIP, with all their settings, from what `decoded`
+    gives (the `start`) instead of from noise. Each is named "…, decoded start".
     """
     return {
         f"{name}, decoded start": _started(arm if isinstance(arm, Sequence) else [arm], start)
@@ -165,8 +168,8 @@ def _started(
 def decoding(
     sizes: Iterable[tuple[int, int]], store: Path | str | None = None, **about
 ) -> list[Run]:
-    """Batches of one client only decoded, by a regression, for each batch size and its number of
-    batches. `about`: the scenarios' other fields.
+    """Batches of one client only decoded, by a regression, for each batch size and its
+    number of batches. `about`: the scenarios' other fields.
     """
     todo = []
     for size, count in sizes:
@@ -178,8 +181,8 @@ def decoding(
 def decoding_from(
     auxiliary: Mapping[str, LabeledImages], count: int, store: Path | str | None = None, **about
 ) -> list[Run]:
-    """As `decoding`, `count` batches of four animals and as many of four vehicles, with decoders
-    for each of several sets of `auxiliary` images, which name the arms.
+    """As `decoding`, `count` batches of four animals and as many of four vehicles, with
+    decoders for each of several sets of `auxiliary` images, which name the arms.
     """
     todo = []
     for classes in GROUPS.values():
@@ -190,8 +193,8 @@ def decoding_from(
 
 
 def recovery(scenarios: Iterable[Scenario]) -> pandas.DataFrame:
-    """How exactly features are recovered: a row for each scenario, whose last column, the largest
-    relative error of an image's, needs the private images.
+    """How exactly features are recovered: a row for each scenario, whose last column,
+    the largest relative error of an image's, needs the private images.
     """
     rows = []
     for scenario in scenarios:
@@ -215,8 +218,9 @@ def auxiliary_images(dataset: str) -> LabeledImages:
 
 
 def sources(shares: Iterable[float], count: int) -> dict[str, LabeledImages]:
-    """Auxiliary images by name: several shares of CIFAR-10's training images, as many as `count` of
-    its animals or vehicles, and of what a generator of photographs makes, shrunk.
+    """Auxiliary images by name: several shares of CIFAR-10's training images, as many
+    as `count` of its animals or vehicles, and of what a generator of photographs makes,
+    shrunk.
     """
     data = load_dataset("cifar10")
     found = {f"{100 * share:g} %": data.auxiliary(share) for share in shares}
@@ -235,8 +239,9 @@ def resized(images: LabeledImages, size: int) -> LabeledImages:
 
 
 def defended(kind: str, strength: float) -> Defense:
-    """A defence by the name that tables give it: "noise" of standard deviation, "sparsity"
-    or "Soteria" of share, or "DP-SGD" (C = 1) of noise multiplier `strength`.
+    """A defence by the name that tables give it: "noise" of standard deviation,
+    "sparsity" or "Soteria" of share, or "DP-SGD" (C = 1) of noise multiplier
+    `strength`.
     """
     kinds: dict[str, Callable[..., Defense]] = {
         "noise": partial(GaussianNoise, std=strength),
@@ -250,8 +255,9 @@ def defended(kind: str, strength: float) -> Defense:
 def compare_arms(
     results: Results, about: int, compared: str, arm: str, baseline: str
 ) -> list[Comparison]:
-    """One arm − another in each condition of the results, in PSNR and SSIM. Each comparison is
-    named by `compared` and the condition, as "GIPIP − IG, convnet, B = 4".
+    """One arm − another in each condition of the results, in PSNR and SSIM. Each
+    comparison is named by `compared` and the condition, as "GIPIP − IG, convnet, B =
+    4".
 
     `about`: the number of the claim that they belong to.
     """
@@ -268,8 +274,8 @@ def compare_arms(
 def compare_losses(
     results: Results, about: int, compared: str, more: tuple[str, str], less: tuple[str, str]
 ) -> list[Comparison]:
-    """As `compare_arms`, how much more is lost from the first arm of `more` to its second than
-    from the first arm of `less` to its second, on the same images.
+    """As `compare_arms`, how much more is lost from the first arm of `more` to its
+    second than from the first arm of `less` to its second, on the same images.
     """
     found = []
     for metric in METRICS:
@@ -283,8 +289,9 @@ def compare_losses(
 def released_shares(
     prior: AnomalyScore, iterations: int, sizes: Sequence[int] = (1, 4, 8), **about
 ) -> pandas.DataFrame:
-    """How hard each term of released GI-PIP pulls, compared with gradient matching, over an attack
-    on the first unit of each batch size: see `gradient_shares`. `about`: the scenario's fields.
+    """How hard each term of released GI-PIP pulls, compared with gradient matching,
+    over an attack on the first unit of each batch size: see `gradient_shares`. `about`:
+    the scenario's fields.
     """
     tables = []
     for size in sizes:

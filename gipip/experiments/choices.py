@@ -23,9 +23,9 @@ def priors_for(
 ) -> dict[str, Prior]:
     """Settings of an attack that say what it knows of natural images; empty if it takes none.
 
-    What ships for `data`, an anomaly score at c = 0; or, in closed form within seconds, a decoder
-    for the `client` in its `mode`, fitted to the auxiliary images of `data`. `score`: takes the
-    place of the shipped one. Raises DataError when nothing fits.
+    What ships for `data`, an anomaly score at c = 0; or, in closed form within seconds,
+    a decoder for the `client` in its `mode`, fitted to the auxiliary images of `data`.
+    `score`: takes the place of the shipped one. Raises DataError when nothing fits.
     """
     if "prior" not in kind.model_fields:
         return {}
@@ -41,8 +41,8 @@ def priors_for(
 
 
 def tuned_for(kind: type[Attack], condition: str) -> dict:
-    """The settings of an attack that were tuned for a `Scenario.condition`; of GIPIP else those at
-    the baseline's λ_TV. Empty when none ship.
+    """The settings of an attack that were tuned for a `Scenario.condition`; of GIPIP
+    else those at the baseline's λ_TV. Empty when none ship.
     """
     for arm in (kind.__name__, EQUAL) if kind is GIPIP else (kind.__name__,):
         with contextlib.suppress(DataError):

@@ -1,8 +1,9 @@
 """What the notebooks found about the paper's claims, as tables and pages.
 
-Six *endpoints*, one a claim (endpoints.py), were fixed before they were measured: they alone get a
-verdict, corrected for their number. Every other comparison is *secondary*: it gets an interval. A
-notebook saves both as tables; `make reproduce` joins them and writes README.md and docs/claims.md.
+Six *endpoints*, one a claim (endpoints.py), were fixed before they were measured: they
+alone get a verdict, corrected for their number. Every other comparison is *secondary*:
+it gets an interval. A notebook saves both as tables; `make reproduce` joins them and
+writes README.md and docs/claims.md.
 """
 
 import math
@@ -23,8 +24,8 @@ from gipip.experiments.endpoints import NOT_MEASURED, STUDY, Endpoint
 class Comparison(NamedTuple):
     """A secondary comparison: an interval, and no verdict.
 
-    `about`: the number of the claim that it belongs to. `compared`: as "GIPIP − IG, equal λTV,
-    convnet16, B = 4".
+    `about`: the number of the claim that it belongs to. `compared`: as "GIPIP − IG,
+    equal λTV, convnet16, B = 4".
     """
 
     about: int
@@ -53,8 +54,9 @@ def save_findings(
     comparisons: Sequence[Comparison],
     folder: Path | str,
 ) -> dict[str, pandas.DataFrame]:
-    """Write `folder`/`notebook`_endpoints.csv and …_comparisons.csv, each whole or not at all;
-    gives the tables. Raises ValueError for two comparisons of the same by the same metric.
+    """Write `folder`/`notebook`_endpoints.csv and …_comparisons.csv, each whole or not
+    at all; gives the tables. Raises ValueError for two comparisons of the same by the
+    same metric.
     """
     tables = {}
     for name, found in (("endpoints", endpoints), ("comparisons", comparisons)):
@@ -70,11 +72,11 @@ def save_findings(
 
 
 def collect_findings(folder: Path | str) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """What all notebooks found, joined as `folder`/claims.csv, a row for each claim of STUDY with
-    its verdict, and `folder`/comparisons.csv.
+    """What all notebooks found, joined as `folder`/claims.csv, a row for each claim of
+    STUDY with its verdict, and `folder`/comparisons.csv.
 
-    Nothing is written when no notebook has saved anything. Raises DataError for a file that
-    `save_findings` did not write.
+    Nothing is written when no notebook has saved anything. Raises DataError for a file
+    that `save_findings` did not write.
     """
     endpoints, comparisons = (_read_all(Path(folder), name) for name in _TABLES)
     judged = _judged(endpoints)
@@ -122,11 +124,11 @@ def _judged(endpoints: pandas.DataFrame) -> pandas.DataFrame:
 def write_findings(
     readme: Path | str, claims: pandas.DataFrame, comparisons: pandas.DataFrame
 ) -> bool:
-    """Write the table of claims between the marker lines of `readme`, and with every comparison
-    between those of docs/claims.md beside it: what `collect_findings` gives.
+    """Write the table of claims between the marker lines of `readme`, and with every
+    comparison between those of docs/claims.md beside it: what `collect_findings` gives.
 
-    Equal tables give equal bytes. A file without such lines, or that is not there, is left alone:
-    False if it is `readme`.
+    Equal tables give equal bytes. A file without such lines, or that is not there, is
+    left alone: False if it is `readme`.
     """
     readme = Path(readme)
     shown = claims.assign(difference=_differences(claims))

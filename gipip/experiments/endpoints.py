@@ -1,7 +1,7 @@
 """The primary endpoints: what decides each claim, fixed before it was measured.
 
-`STUDY` says what is compared, on which network and how many units. The functions at the end build
-each endpoint from the results that a notebook has, by the names of its arms.
+`STUDY` says what is compared, on which network and how many units. The functions at the
+end build each endpoint from the results that a notebook has, by the names of its arms.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,8 +23,9 @@ PENDING = "pending: fewer units or a smaller network"
 
 
 class Planned(NamedTuple):
-    """What decides a claim, fixed beforehand: the comparison, its metric, the client's `model`, and
-    how many `units` (independent batches) each stratum has. Strata have equal weight.
+    """What decides a claim, fixed beforehand: the comparison, its metric, the client's
+    `model`, and how many `units` (independent batches) each stratum has. Strata have
+    equal weight.
     """
 
     claim: str
@@ -95,8 +96,8 @@ class Part(NamedTuple):
 class Endpoint:
     """The primary endpoint of a claim, as far as it is measured: it holds if all `parts` do.
 
-    `number`: of the claim in STUDY. `model`: the network that was attacked. `obstacle`: why the
-    claim cannot be judged, such as NOTHING_RECOVERED.
+    `number`: of the claim in STUDY. `model`: the network that was attacked. `obstacle`:
+    why the claim cannot be judged, such as NOTHING_RECOVERED.
     """
 
     number: int
@@ -105,8 +106,8 @@ class Endpoint:
     obstacle: str = ""
 
     def row(self) -> dict:
-        """Of the endpoints' table: interval of the first part, and the two-sided p-value, which is
-        negative if it speaks against the claim.
+        """Of the endpoints' table: interval of the first part, and the two-sided
+        p-value, which is negative if it speaks against the claim.
         """
         intervals, ps = zip(*(stratified_test(*part) for part in self.parts), strict=True)
         units = [len(values) for values in self.parts[0].strata]
@@ -133,8 +134,9 @@ def _text(units: Sequence[int]) -> str:
 
 
 def _two_sided(one_sided: Sequence[float]) -> float:
-    """Of a claim with several parts: for it the largest of their one-sided p-values, against it the
-    smallest of the opposite ones times their number (Bonferroni). The sign says which.
+    """Of a claim with several parts: for it the largest of their one-sided p-values,
+    against it the smallest of the opposite ones times their number (Bonferroni). The
+    sign says which.
     """
     supports = max(one_sided)
     contradicts = len(one_sided) * min(1 - p for p in one_sided)
@@ -163,8 +165,8 @@ def obstacle(results: Results, arm: str) -> str:
 
 
 def improvement(results: Results, arms: tuple[str, str], number: int = 1) -> Endpoint:
-    """Claim 1 or 6, of results on one network: the first arm − the second, each batch size a
-    stratum.
+    """Claim 1 or 6, of results on one network: the first arm − the second, each batch
+    size a stratum.
     """
     sizes = sorted({result.run.scenario.batch_size for result in results})
     strata = [gains(results.select(batch_size=size), *arms) for size in sizes]
@@ -174,8 +176,8 @@ def improvement(results: Results, arms: tuple[str, str], number: int = 1) -> End
 
 
 def fair_opponent(trial: Results, rival: str, baseline: str) -> str:
-    """NO_FAIR_OPPONENT unless the rival, with the most data, beats the baseline, which has none, on
-    tuning images.
+    """NO_FAIR_OPPONENT unless the rival, with the most data, beats the baseline, which
+    has none, on tuning images.
     """
     return "" if gains(trial, rival, baseline).mean() > 0 else NO_FAIR_OPPONENT
 
@@ -189,8 +191,9 @@ def not_worse(results: Results, arms: tuple[str, str], unfair: str) -> Endpoint:
 def smaller_loss(
     groups: Iterable[Results], more: tuple[str, str], less: tuple[str, str], unfair: str
 ) -> Endpoint:
-    """Claim 3: of each group of private classes, how much more is lost from the first arm of `more`
-    to its second than from the first arm of `less` to its second; all groups' units pooled.
+    """Claim 3: of each group of private classes, how much more is lost from the first
+    arm of `more` to its second than from the first arm of `less` to its second; all
+    groups' units pooled.
     """
     groups = list(groups)
     losses = [gains(part, *more) - gains(part, *less) for part in groups]
@@ -207,8 +210,8 @@ def stronger_threat(conditions: Sequence[Results], arms: tuple[str, str]) -> End
 
 
 def headline(results: Results, arms: tuple[str, str]) -> Endpoint:
-    """Claim 5: the first arm's PSNR is equivalent to the paper's within ±1 dB (two one-sided
-    tests), and its SSIM is higher than the second's.
+    """Claim 5: the first arm's PSNR is equivalent to the paper's within ±1 dB (two
+    one-sided tests), and its SSIM is higher than the second's.
     """
     away = of_units(results, arms[0]) - published_psnr()
     parts = [Part([away], -1), Part([-away], -1), Part([gains(results, *arms, metric="ssim")])]

@@ -21,8 +21,8 @@ _ENVIRONMENT = {
 
 
 _idle: list[ProcessPoolExecutor] = []
-"""Processes that wait for the next call of any executor: each takes seconds to begin, and ends by
-itself after a minute without one.
+"""Processes that wait for the next call of any executor: each takes seconds to begin,
+and ends by itself after a minute without one.
 """
 
 
@@ -30,8 +30,8 @@ class Processes(ThreadPoolExecutor):
     """An executor of so many processes with one thread each, begun as they are needed.
 
     A process that dies is replaced, and costs its own call only: the future holds
-    TerminatedWorkerError. Those at work end at once when an exception leaves the executor, as
-    Ctrl-C does, and all when this process dies.
+    TerminatedWorkerError. Those at work end at once when an exception leaves the
+    executor, as Ctrl-C does, and all when this process dies.
     """
 
     def __init__(self, workers: int):

@@ -58,11 +58,11 @@ class Results(Sequence):
         return pandas.concat([result.frame() for result in self], ignore_index=True)
 
     def effect(self, arm: str, baseline: str, metric: str = "psnr", **where) -> Interval:
-        """Mean of one arm − another in `metric` over the private images that both attacked, with
-        its 95 % bootstrap interval over batches.
+        """Mean of one arm − another in `metric` over the private images that both
+        attacked, with its 95 % bootstrap interval over batches.
 
-        `where`: as for `select`, such as batch_size=4. Raises DataError when the arms share no
-        image, or one of them attacked an image twice.
+        `where`: as for `select`, such as batch_size=4. Raises DataError when the arms
+        share no image, or one of them attacked an image twice.
         """
         image = ["model_seed", "batch", "image"]
         a, b = ({"arm": name, **where} for name in (arm, baseline))
@@ -88,8 +88,8 @@ def _fits(result: Result, wanted: Mapping) -> bool:
 
 
 def quality_table(frame: pandas.DataFrame, metrics: Sequence[str] = METRICS) -> pandas.DataFrame:
-    """A row for each model, batch size, arm and set of assumptions of a frame of results: means
-    with 95 % bootstrap intervals over batches.
+    """A row for each model, batch size, arm and set of assumptions of a frame of
+    results: means with 95 % bootstrap intervals over batches.
 
     Without those of the metrics that were not measured on every image of the row. Beside
     `identified`, a share, stand the `candidates`: by chance it is 1 in so many.

@@ -89,11 +89,11 @@ class Scenario(BaseModel):
 
     @property
     def condition(self) -> str:
-        """What attack weights are tuned for, as a key of data/tuned.json: data set, model, batch
-        size, defences, local steps.
+        """What attack weights are tuned for, as a key of data/tuned.json: data set,
+        model, batch size, defences, local steps.
 
-        Not in it: which images and labels, the seeds, BatchNorm's mode, and the local steps'
-        mini-batches and learning rate.
+        Not in it: which images and labels, the seeds, BatchNorm's mode, and the local
+        steps' mini-batches and learning rate.
         """
         model = f"{self.model}@{self.epochs}" if self.epochs else self.model
         parts = [self.dataset.split("-")[0], model, f"B={self.batch_size}"]
@@ -122,8 +122,9 @@ class Run:
         return {"scenario": self.scenario.model_dump(mode="json"), "attack": attack}
 
     def key(self, code: str | None = None) -> str:
-        """Hash of the configuration, the private images, the client's weights, the prior (which the
-        attack names) and the version of the `code` that computes, by default the present one's.
+        """Hash of the configuration, the private images, the client's weights, the
+        prior (which the attack names) and the version of the `code` that computes, by
+        default the present one's.
         """
         version = code_version(type(self.attack)) if code is None else code
         return result_key(self.config(), self.scenario, version)

@@ -20,9 +20,10 @@ def gradient_shares(
 ) -> pandas.DataFrame:
     """‖∇ weighted term‖ / ‖∇ gradient matching‖, by the normalised images, while the attack runs.
 
-    Columns `iteration` (of every `every`-th, from 1), `term` (but the matching term) and `share`. A
-    share of 1 pulls as hard as the gradient does; far below 1 the term changes next to nothing. For
-    attacks that optimise images and nothing else. It needs no ground truth.
+    Columns `iteration` (of every `every`-th, from 1), `term` (but the matching term)
+    and `share`. A share of 1 pulls as hard as the gradient does; far below 1 the term
+    changes next to nothing. For attacks that optimise images and nothing else. It needs
+    no ground truth.
     """
     view = View.of(model, update, "traced")
     view.labels = attack.known_labels(view.model, update)

@@ -19,9 +19,10 @@ from gipip.files import DATA, read_tensors, write_tensors
 class ShippedResults:
     """Those in all files of a folder, found by their runs.
 
-    Images have 8 bits a channel, and there is no history; metrics are those of the images as they
-    were computed. An earlier version of the code may have computed them: the column `code` of their
-    frame says which. Raises DamagedFileError for a file that is not as it was written.
+    Images have 8 bits a channel, and there is no history; metrics are those of the
+    images as they were computed. An earlier version of the code may have computed them:
+    the column `code` of their frame says which. Raises DamagedFileError for a file that
+    is not as it was written.
     """
 
     def __init__(self, folder: Path | str = DATA / "study"):
@@ -67,12 +68,12 @@ def ship(results: Iterable[Path], target: Path | str) -> Path:
 
 
 def agreement(shipped: Results, again: Results) -> pandas.DataFrame:
-    """Whether a sample that was computed again comes out as it ships: a row for each condition and
-    arm of the sample.
+    """Whether a sample that was computed again comes out as it ships: a row for each
+    condition and arm of the sample.
 
-    The columns: mean PSNR (dB) of all that ships, with its 95 % interval over batches; of the
-    sample as it ships, and as it came out here; their difference; and half the interval, which is
-    the most that it may be.
+    The columns: mean PSNR (dB) of all that ships, with its 95 % interval over batches;
+    of the sample as it ships, and as it came out here; their difference; and half the
+    interval, which is the most that it may be.
     """
     rows = []
     sampled = dict.fromkeys((each.run.scenario.condition, each.run.arm) for each in again)

@@ -66,9 +66,9 @@ AXES = {
 def start(
     store: Path | str, figures: Path | str, workers: int, from_scratch: bool = False
 ) -> tuple[Callable, Callable]:
-    """`sweep` and `save_figure` with a notebook's settings; makes the folder of figures, sets
-    their style, and lets tables show long texts whole. Results that ship are loaded, unless
-    `from_scratch`.
+    """`sweep` and `save_figure` with a notebook's settings; makes the folder of
+    figures, sets their style, and lets tables show long texts whole. Results that ship
+    are loaded, unless `from_scratch`.
     """
     Path(figures).mkdir(parents=True, exist_ok=True)
     use_style()
@@ -79,8 +79,8 @@ def start(
 
 
 class Frames:
-    """Keeps the candidates of an attack under way, as `images`: {iteration: images}. Pass
-    it as `watch`.
+    """Keeps the candidates of an attack under way, as `images`: {iteration: images}.
+    Pass it as `watch`.
     """
 
     def __init__(self) -> None:
@@ -91,8 +91,8 @@ class Frames:
 
 
 def labelled(column: str, named: Mapping[Any, Results]) -> pandas.DataFrame:
-    """The frames of named results with references, one below the other, with the name in a
-    `column`.
+    """The frames of named results with references, one below the other, with the name
+    in a `column`.
     """
     frames = []
     for name, results in named.items():
@@ -102,8 +102,9 @@ def labelled(column: str, named: Mapping[Any, Results]) -> pandas.DataFrame:
 
 
 def with_references(results: Results) -> pandas.DataFrame:
-    """The frame of results and, as further arms, what pictures reach on the same private images
-    that need no attack: see `gipip.evaluation.references`, which names them.
+    """The frame of results and, as further arms, what pictures reach on the same
+    private images that need no attack: see `gipip.evaluation.references`, which names
+    them.
     """
     frames = [results.frame()]
     for result in {result.run.scenario: result for result in results}.values():
@@ -133,9 +134,9 @@ def quality(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """The table for readers, with `NAMES`. What its columns say in every row that says anything is
-    printed above it instead, and once that single batches have no interval. A table of one row
-    keeps its columns.
+    """The table for readers, with `NAMES`. What its columns say in every row that says
+    anything is printed above it instead, and once that single batches have no interval.
+    A table of one row keeps its columns.
     """
     frame = frame.where(frame.notna(), NOTHING)
     plain = frame.replace(r" \(no interval\)$", "", regex=True)
@@ -150,8 +151,8 @@ def captioned(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def dots(frame: pandas.DataFrame, x: str, metric: str, arm: str = "arm", **options) -> Figure:
-    """`interval_dots` of the arms of a frame, over column `x`; what the references among them reach
-    becomes lines. `options`: further ones of `interval_dots`.
+    """`interval_dots` of the arms of a frame, over column `x`; what the references
+    among them reach becomes lines. `options`: further ones of `interval_dots`.
     """
     is_reference = frame[arm].isin(REFERENCES)
     levels = frame[is_reference].groupby(arm, sort=False)[metric].mean().to_dict()
@@ -159,9 +160,9 @@ def dots(frame: pandas.DataFrame, x: str, metric: str, arm: str = "arm", **optio
 
 
 def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figure:
-    """The private images beside what was recovered of them, with its PSNR: the first `columns`
-    images that all have. A row each; where images are fewer than rows, and these at most eight, a
-    column each. `options`: of `image_grid`.
+    """The private images beside what was recovered of them, with its PSNR: the first
+    `columns` images that all have. A row each; where images are fewer than rows, and
+    these at most eight, a column each. `options`: of `image_grid`.
     """
     columns = min(columns, *(len(results.truth) for results in named.values()))
     shown = {"private": next(iter(named.values())).truth[:columns]}
@@ -178,8 +179,8 @@ def pictures(named: Mapping[str, Results], columns: int = 8, **options) -> Figur
 
 
 def pulls(shares: pandas.DataFrame) -> Figure:
-    """How hard each term pulls over the course of an attack: a panel for each batch size of
-    `arms.released_shares`.
+    """How hard each term pulls over the course of an attack: a panel for each batch
+    size of `arms.released_shares`.
     """
     style = {"kind": "line", "height": 2.2, "facet_kws": {"sharex": False}}
     grid = seaborn.relplot(shares, x="iteration", y="share", hue="term", col="batch", **style)
@@ -224,8 +225,8 @@ def beside_published(chart: str, named: Mapping[Any, Results], here: str) -> Fig
 
 
 def forest(comparisons: Iterable[Comparison], metric: str) -> Figure:
-    """A forest plot of the comparisons by one metric. The words with which all of them begin are in
-    the axis label.
+    """A forest plot of the comparisons by one metric. The words with which all of them
+    begin are in the axis label.
     """
     drawn = {each.compared: each.difference for each in comparisons if each.metric == metric}
     shared = os.path.commonprefix(list(drawn)).rpartition(", ")[0]
@@ -270,8 +271,9 @@ def _differences(comparisons: pandas.DataFrame) -> pandas.DataFrame:
 def aurocs(
     priors: Mapping[str, AnomalyScore], natural: Images, spoiled: Mapping[str, Images]
 ) -> pandas.DataFrame:
-    """How well each prior tells each kind of spoiled images from natural ones, as AUROC: a row
-    for each `anomaly`, with the number of its `images`, and a column for each prior.
+    """How well each prior tells each kind of spoiled images from natural ones, as
+    AUROC: a row for each `anomaly`, with the number of its `images`, and a column for
+    each prior.
     """
     rows = []
     for kind, images in spoiled.items():

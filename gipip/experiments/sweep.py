@@ -32,10 +32,11 @@ from gipip.progress import progress, quiet, require_time, time_limit
 def execute(run: Run, store: ResultStore | None = None, *, deadline: float | None = None) -> Result:
     """The result of a run: loaded if the store has it, else computed and stored.
 
-    On the GPU if there is one; on a CPU with one thread, so that a run gives the same images alone
-    and in a sweep. With a store, an attack that was paused or killed goes on where it was. Raises
-    OutOfTime when it is not finished at the `deadline`, in seconds since the epoch (default:
-    GIPIP_DEADLINE in the environment, else none); DLG cannot pause and runs to its end.
+    On the GPU if there is one; on a CPU with one thread, so that a run gives the same
+    images alone and in a sweep. With a store, an attack that was paused or killed goes
+    on where it was. Raises OutOfTime when it is not finished at the `deadline`, in
+    seconds since the epoch (default: GIPIP_DEADLINE in the environment, else none); DLG
+    cannot pause and runs to its end.
     """
     if store and (result := store.load(run)):
         return result
@@ -84,8 +85,8 @@ _executing = threading.Lock()
 
 @contextlib.contextmanager
 def _alone_on_one_thread() -> Iterator[None]:
-    """One run at a time in a process: the number of threads and the generator that models are drawn
-    from are global.
+    """One run at a time in a process: the number of threads and the generator that
+    models are drawn from are global.
     """
     with _executing:
         threads = torch.get_num_threads()
@@ -116,17 +117,17 @@ def sweep(
 ) -> Results:
     """Execute runs side by side; those whose results are `shipped` or in the store are only loaded.
 
-    `executor`: where they are computed, any of `concurrent.futures`' interface, such as dask's
-    `Client.get_executor()`; its workers must see the same store folder. By default processes on
-    this machine, `workers` of them (two, or the number of cores if that is less), each with one
-    thread; one that dies is replaced, and its run tried again. Each result is stored as soon as it
-    is there.
+    `executor`: where they are computed, any of `concurrent.futures`' interface, such as
+    dask's `Client.get_executor()`; its workers must see the same store folder. By
+    default processes on this machine, `workers` of them (two, or the number of cores if
+    that is less), each with one thread; one that dies is replaced, and its run tried
+    again. Each result is stored as soon as it is there.
 
-    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is refused
-    before anything is computed. A run that fails does not stop the others; at the end SweepError
-    lists the failures. When the time that GIPIP_DEADLINE sets is over (seconds since the epoch) no
-    further runs begin, those under way pause, and OutOfTime says how many are left; the same call
-    goes on from there.
+    A scenario that cannot be built (an unknown model, a batch that cannot be drawn) is
+    refused before anything is computed. A run that fails does not stop the others; at
+    the end SweepError lists the failures. When the time that GIPIP_DEADLINE sets is
+    over (seconds since the epoch) no further runs begin, those under way pause, and
+    OutOfTime says how many are left; the same call goes on from there.
     """
     runs = list(runs)
     if not all(isinstance(run, Run) for run in runs) or (workers is not None and workers < 1):
@@ -164,8 +165,8 @@ def _failures(runs: list[Run], store: ResultStore, executor: Executor) -> list[s
 def _errors(
     executor: Executor, work: Callable[[Run], str], runs: list[Run]
 ) -> Generator[tuple[Run, str], None, None]:
-    """Each run with its error, or "", as they finish. One whose process died is tried once more in
-    the end, alone, as memory may be scarce.
+    """Each run with its error, or "", as they finish. One whose process died is tried
+    once more in the end, alone, as memory may be scarce.
     """
     futures, died = {executor.submit(work, run): run for run in runs}, []
     try:

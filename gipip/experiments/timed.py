@@ -1,5 +1,5 @@
-"""Attacks on one's own updates within a given time: planned by what an iteration takes here, and
-kept piece by piece, so that the same work goes on where it was.
+"""Attacks on one's own updates within a given time: planned by what an iteration takes
+here, and kept piece by piece, so that the same work goes on where it was.
 """
 
 import math
@@ -79,8 +79,8 @@ class Result:
 class Work:
     """All that takes time: planned, done while there is time, kept in a folder piece by piece.
 
-    `obstacles`: by condition and arm, why an attack gave nothing. `left`: how many the time was too
-    short for.
+    `obstacles`: by condition and arm, why an attack gave nothing. `left`: how many the
+    time was too short for.
     """
 
     model: ClientModel
@@ -151,8 +151,9 @@ class Work:
 
     @cached_property
     def plan(self) -> dict[str, int]:
-        """How many auxiliary images a decoder gets, and how many iterations and restarts an attack,
-        so that all fits into the time. Kept, so that the same call goes on with the same attacks.
+        """How many auxiliary images a decoder gets, and how many iterations and
+        restarts an attack, so that all fits into the time. Kept, so that the same call
+        goes on with the same attacks.
         """
         about = [model_fingerprint(self.model), self.shape, self.size, self.minutes, self.seeds]
         return self.kept("plans", about, lambda: ({}, self.planned(60 * self.minutes)))[1]

@@ -1,5 +1,6 @@
-"""Attack weights chosen on tuning images, with the same effort for every arm, and shipped as
-`data/tuned.json`; `data/tune_weights.py` made it, `gipip tune` does the same for one condition.
+"""Attack weights chosen on tuning images, with the same effort for every arm, and
+shipped as `data/tuned.json`; `data/tune_weights.py` made it, `gipip tune` does the same
+for one condition.
 
     scenarios = tuning_units(model="convnet", batch_size=4)
     settings, tried = tune(gipip.InvertingGradients(iterations=100), scenarios, store="results")
@@ -25,8 +26,9 @@ _FACTOR = 10**0.5
 
 
 def tuning_units(images: int | None = None, **about) -> list[Scenario]:
-    """Scenarios on so many tuning images or a few more; by default enough of them to tune on: 16,
-    and 32 in batches of 8 or more. `about`: the other fields of `Scenario`.
+    """Scenarios on so many tuning images or a few more; by default enough of them to
+    tune on: 16, and 32 in batches of 8 or more. `about`: the other fields of
+    `Scenario`.
     """
     size = about.get("batch_size", 1)
     return units(math.ceil((images or _enough(size)) / size), pool="tuning", **about)
@@ -44,13 +46,15 @@ def tune(
 ) -> tuple[Point, pandas.DataFrame]:
     """The settings of highest mean PSNR on the scenarios, and a row for every point tried.
 
-    `settings`: what `pattern_search` varies, from the arm's own values; by default all weights of
-    its cost that are not 0. `evaluations`: of that search. `name`: of the arm, by default
-    its class's. `sweep_options`: store, executor, workers, as for `sweep`. The rows hold condition,
-    arm, settings, psnr, ssim, lpips, and the numbers of images and iterations.
+    `settings`: what `pattern_search` varies, from the arm's own values; by default all
+    weights of its cost that are not 0. `evaluations`: of that search. `name`: of the
+    arm, by default its class's. `sweep_options`: store, executor, workers, as for
+    `sweep`. The rows hold condition, arm, settings, psnr, ssim, lpips, and the numbers
+    of images and iterations.
 
-    Raises DataError unless all scenarios are of one condition, on the tuning pool, with `enough`
-    images (by default 16, and 32 in batches of 8 or more), and for a setting that cannot be tuned.
+    Raises DataError unless all scenarios are of one condition, on the tuning pool, with
+    `enough` images (by default 16, and 32 in batches of 8 or more), and for a setting
+    that cannot be tuned.
     """
     _require(scenarios, enough)
     attacks = [arm] if isinstance(arm, Attack) else list(arm)
@@ -72,12 +76,12 @@ def tune(
 def pattern_search(
     measure: Callable[[list[Point]], Sequence[float]], start: Point, evaluations: int
 ) -> None:
-    """Search the point of highest measure, on a logarithmic lattice that has no edge, by measuring
-    exactly so many different points, several at a time.
+    """Search the point of highest measure, on a logarithmic lattice that has no edge,
+    by measuring exactly so many different points, several at a time.
 
-    `start`, of positive values, is first; then, again and again, the best point's neighbours: each
-    of its values times and divided by √10. When none is better, the factor's square root takes its
-    place.
+    `start`, of positive values, is first; then, again and again, the best point's
+    neighbours: each of its values times and divided by √10. When none is better, the
+    factor's square root takes its place.
     """
     best, step = (0.0,) * len(start), 1.0
     scores: dict[tuple[float, ...], float] = {}
@@ -160,8 +164,9 @@ def read_tuned() -> dict:
 
 
 def write_tuned(path: Path | str, study: str, tried: pandas.DataFrame, **made) -> Path:
-    """Add what `tune` tried, of one or more arms and conditions, to the file `path` (made from what
-    ships when it is not there) in place of an earlier study of that name, and the best as settings.
+    """Add what `tune` tried, of one or more arms and conditions, to the file `path`
+    (made from what ships when it is not there) in place of an earlier study of that
+    name, and the best as settings.
 
     `made`: what else to note beside machine, versions and date, such as the command.
     """

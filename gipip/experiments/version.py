@@ -18,11 +18,11 @@ _ALWAYS = ("gipip.evaluation.metrics", "gipip.experiments.scenario")
 def code_version(attack: type) -> str:
     """12 hex digits that change with every statement on which the results of this attack depend.
 
-    Of the modules of the attack, the scenario and the metrics, and what they import of attacks,
-    clients and priors, without comments and docstrings; data and weights have fingerprints of their
-    own. Of an attack defined outside gipip also the instructions of its methods, but not of what
-    these call outside gipip. Python 3.11 writes the same statements down otherwise than later ones,
-    and so computes anew.
+    Of the modules of the attack, the scenario and the metrics, and what they import of
+    attacks, clients and priors, without comments and docstrings; data and weights have
+    fingerprints of their own. Of an attack defined outside gipip also the instructions
+    of its methods, but not of what these call outside gipip. Python 3.11 writes the
+    same statements down otherwise than later ones, and so computes anew.
     """
     digest = hashlib.sha256()
     modules = _import_closure([*_ALWAYS, *(cls.__module__ for cls in attack.__mro__)])
@@ -70,8 +70,8 @@ class _WithoutTexts(ast.NodeTransformer):
 
 
 def _own_methods(attack: type) -> Iterator[tuple[str, CodeType]]:
-    """Those that are defined outside gipip: a class from a notebook has no source in another
-    process, and a random number in its pickle.
+    """Those that are defined outside gipip: a class from a notebook has no source in
+    another process, and a random number in its pickle.
     """
     for cls in attack.__mro__:
         if cls.__module__.startswith("gipip."):

@@ -144,13 +144,14 @@ class SharedUpdate:
     ) -> Self:
         """The update of a client whose gradients other code computed.
 
-        `gradients`: of the mean cross-entropy of `batch_size` images, as tensors or numpy
-        arrays; a list in the order of the parameters that are trained, or a dict by their
-        names, in `model` or in its network; None for what `loss.backward()` left in the
-        model. None in place of a tensor is zero. `image_shape`: channels, height and width.
-        `labels`: when the client shares them. `mode`: by default the network's own. `model`
-        holds the weights that the server had sent. `defenses`: in words, for the table of
-        assumptions. Raises UpdateError, ModelError or LabelError for what does not fit.
+        `gradients`: of the mean cross-entropy of `batch_size` images, as tensors or
+        numpy arrays; a list in the order of the parameters that are trained, or a dict
+        by their names, in `model` or in its network; None for what `loss.backward()`
+        left in the model. None in place of a tensor is zero. `image_shape`: channels,
+        height and width. `labels`: when the client shares them. `mode`: by default the
+        network's own. `model` holds the weights that the server had sent. `defenses`:
+        in words, for the table of assumptions. Raises UpdateError, ModelError or
+        LabelError for what does not fit.
         """
         check_client_model(model)
         if labels is not None:
@@ -182,17 +183,18 @@ class SharedUpdate:
         mini_batch: int | None = None,
         **about: Any,
     ) -> Self:
-        """The update of a client that trained: `before` are the weights that the server had
-        sent, which `model` holds, and `after` what came back.
+        """The update of a client that trained: `before` are the weights that the server
+        had sent, which `model` holds, and `after` what came back.
 
-        Both are dicts by name, such as network.state_dict(), or lists of tensors or numpy
-        arrays in the order of network.state_dict(), with or without the buffers. The client
-        took `steps` of SGD with `learning_rate`. `mini_batch`: how many of its images each
-        step took, in order and from the beginning again. Leave it out when the order is not
-        known: the attack then takes every step on all images, which is the same to first
-        order in the learning rate. `about`: batch_size (all the client's images),
-        image_shape, labels, mode and defenses, as of `from_gradients`; the mode is by default
-        "train" if the running statistics moved.
+        Both are dicts by name, such as network.state_dict(), or lists of tensors or
+        numpy arrays in the order of network.state_dict(), with or without the buffers.
+        The client took `steps` of SGD with `learning_rate`. `mini_batch`: how many of
+        its images each step took, in order and from the beginning again. Leave it out
+        when the order is not known: the attack then takes every step on all images,
+        which is the same to first order in the learning rate. `about`: batch_size (all
+        the client's images), image_shape, labels, mode and defenses, as of
+        `from_gradients`; the mode is by default "train" if the running statistics
+        moved.
         """
         check_client_model(model)
         fedavg = FedAvg(steps=steps, learning_rate=learning_rate, batch_size=mini_batch)
@@ -212,8 +214,8 @@ class SharedUpdate:
 
     @classmethod
     def load(cls, path: Path | str, model: ClientModel | None = None) -> Self:
-        """What `save` wrote; with `model` on its device, and UpdateError unless it is from
-        that very model, which every attack asks again.
+        """What `save` wrote; with `model` on its device, and UpdateError unless it is
+        from that very model, which every attack asks again.
         """
         tensors, about = read_tensors(path)
         if not {*_ABOUT, "fedavg"} <= about.keys():
@@ -332,8 +334,8 @@ class Client:
 
 
 def check_parts(model: ClientModel, batch: object, defenses: object, fedavg: object = None) -> None:
-    """Raise the error that fits unless a client with `model` can share an update on `batch`
-    under a list of `defenses`, after the local training `fedavg`, if any.
+    """Raise the error that fits unless a client with `model` can share an update on
+    `batch` under a list of `defenses`, after the local training `fedavg`, if any.
     """
     if not isinstance(batch, LabeledImages) or not len(batch):
         raise DataError(f"Expected a batch of gipip.LabeledImages; got {described(batch)}.")
@@ -345,8 +347,8 @@ def check_parts(model: ClientModel, batch: object, defenses: object, fedavg: obj
 
 
 def _check_batch(model: ClientModel, update: SharedUpdate) -> None:
-    """Raise the error that fits unless the update is of images that the model takes, each with
-    a label if any.
+    """Raise the error that fits unless the update is of images that the model takes,
+    each with a label if any.
     """
     shape = (update.batch_size, *update.image_shape)
     if len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape):

@@ -191,8 +191,9 @@ class DPSGD(Defense):
     def noisy_mean(
         self, model: ClientModel, batch: LabeledImages, size: int, seed: int
     ) -> Iterable[Tensor]:
-        """(Σ of the clipped gradients of the batch's images + noise) / `size`. The batch may
-        have any size, also 0; the noise follows from `seed` and the gradients.
+        """(Σ of the clipped gradients of the batch's images + noise) / `size`. The
+        batch may have any size, also 0; the noise follows from `seed` and the
+        gradients.
 
         Raises DefenseError for a model in which images meet.
         """
@@ -245,8 +246,8 @@ AnyDefense = Annotated[
 
 
 def _recall(update: SharedUpdate, private: Private) -> tuple[ClientModel, LabeledImages]:
-    """A copy of the model in the update's mode, and the batch: those that the client computed
-    the update with. DefenseError when they are missing or others.
+    """A copy of the model in the update's mode, and the batch: those that the client
+    computed the update with. DefenseError when they are missing or others.
     """
     model, batch = private
     if model is None or batch is None or len(batch) != update.batch_size:

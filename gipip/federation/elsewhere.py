@@ -16,8 +16,8 @@ Given = Mapping[str, Any] | Sequence[Any]
 
 
 def gradients_of(model: ClientModel, given: Given | None) -> tuple[Tensor, ...]:
-    """One a trainable parameter, zero where the loss does not reach it; `given` may be None
-    for what `loss.backward()` left in the model.
+    """One a trainable parameter, zero where the loss does not reach it; `given` may be
+    None for what `loss.backward()` left in the model.
     """
     parameters = trainable(model)
     if given is None:
@@ -40,8 +40,9 @@ def gradients_of(model: ClientModel, given: Given | None) -> tuple[Tensor, ...]:
 def mean_local_gradient(
     model: ClientModel, before: Given, after: Given, scale: float
 ) -> tuple[tuple[Tensor, ...], Mode | None]:
-    """(before − after) / `scale` of each trainable parameter, and in which mode the client
-    trained: "train" when the running statistics moved, None when they are not given.
+    """(before − after) / `scale` of each trainable parameter, and in which mode the
+    client trained: "train" when the running statistics moved, None when they are not
+    given.
 
     Raises UpdateError unless both are the model's by name, shape and type, and the model
     holds `before`.

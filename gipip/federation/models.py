@@ -78,12 +78,12 @@ def client_model(
     label_smoothing: float = 0.0,
 ) -> ClientModel:
     """Your own network, made ready for gipip: `network` expects images normalised with
-    `mean` and `std`, one a channel, and gives logits. Leave both out for a network that takes
-    images in [0, 1].
+    `mean` and `std`, one a channel, and gives logits. Leave both out for a network that
+    takes images in [0, 1].
 
-    It is trained with the mean cross-entropy, with `label_smoothing` from 0 to less than 1 as
-    PyTorch defines it. A single logit is the second of two classes, which is binary
-    cross-entropy. Raises ModelError for another smoothing.
+    It is trained with the mean cross-entropy, with `label_smoothing` from 0 to less
+    than 1 as PyTorch defines it. A single logit is the second of two classes, which is
+    binary cross-entropy. Raises ModelError for another smoothing.
     """
     if not 0 <= label_smoothing < 1:
         raise ModelError(f"{label_smoothing=}: expected a number from 0 to less than 1.")
@@ -91,8 +91,8 @@ def client_model(
 
 
 def class_logits(logits: Float[Tensor, "batch logits"]) -> Float[Tensor, "batch classes"]:
-    """A logit for each class: (0, z) for the only one z of a binary classifier, so that its
-    binary cross-entropy is the cross-entropy of two classes.
+    """A logit for each class: (0, z) for the only one z of a binary classifier, so that
+    its binary cross-entropy is the cross-entropy of two classes.
     """
     return logits if logits.shape[1] > 1 else nn.functional.pad(logits, (1, 0))
 
@@ -235,9 +235,9 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def mixes_images(network: nn.Module) -> bool:
-    """Whether the images of a batch meet in the network, so that its gradient is not the
-    mean of its images' gradients: in BatchNorm in train mode, and in either mode where it
-    keeps no running statistics (track_running_stats=False).
+    """Whether the images of a batch meet in the network, so that its gradient is not
+    the mean of its images' gradients: in BatchNorm in train mode, and in either mode
+    where it keeps no running statistics (track_running_stats=False).
     """
     layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     return any(layer.training or layer.running_mean is None for layer in layers)
@@ -296,8 +296,8 @@ Entered = list[tuple[str, nn.Module, Tensor]]
 
 @contextlib.contextmanager
 def entering(network: nn.Module, kind: type[nn.Module]) -> Iterator[Entered]:
-    """Collects the name of each layer of a kind, the layer and what enters it, in the order
-    of the forward pass run inside.
+    """Collects the name of each layer of a kind, the layer and what enters it, in the
+    order of the forward pass run inside.
     """
     seen: Entered = []
 

@@ -102,8 +102,8 @@ def _updates(
 def _private_updates(
     model: ClientModel, images: LabeledImages, defenses: Defenses, size: int, draw: torch.Generator
 ) -> Iterator[SharedUpdate]:
-    """The same under DPSGD, of Poisson batches of the expected size. Only the noisy gradients
-    depend on the images, and no two steps have the same noise.
+    """The same under DPSGD, of Poisson batches of the expected size. Only the noisy
+    gradients depend on the images, and no two steps have the same noise.
     """
     dpsgd, *others = defenses
     assert isinstance(dpsgd, DPSGD)

@@ -136,10 +136,11 @@ def train_autoencoder(
     A `validation_fraction` of the images is held out: the weights of the lowest
     validation error are kept, and training stops early after `patience` evaluations
     (one every 100 steps) without a better one. Adam, learning rate falling to zero
-    along a cosine. Ctrl-C after the first step keeps the best weights so far. With a `store` (a
-    folder) a finished training of the same settings on the same images is loaded instead of
-    repeated. Raises pydantic's ValidationError for settings out of range, DataError for images the
-    autoencoder cannot be trained on, GipipError when the training diverges.
+    along a cosine. Ctrl-C after the first step keeps the best weights so far. With a
+    `store` (a folder) a finished training of the same settings on the same images is
+    loaded instead of repeated. Raises pydantic's ValidationError for settings out of
+    range, DataError for images the autoencoder cannot be trained on, GipipError when
+    the training diverges.
     """
     return trained(AutoencoderTraining, **locals())
 

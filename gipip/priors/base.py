@@ -1,7 +1,7 @@
 """What all priors share: their files and fingerprints, and the course of their training.
 
-A new prior is one module: a `Network`, a `Prior` that holds it, a `Training` of it, and a function
-with `validated` settings that calls `trained`.
+A new prior is one module: a `Network`, a `Prior` that holds it, a `Training` of it, and
+a function with `validated` settings that calls `trained`.
 """
 
 import copy
@@ -26,8 +26,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LearningRate = Annotated[float, Field(gt=0, le=1e30)]  # more does not fit into a float32
 
 validated = validate_call(config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
-"""Of a function: its arguments are checked against their annotations, as an attack's settings are;
-pydantic's ValidationError names a wrong one.
+"""Of a function: its arguments are checked against their annotations, as an attack's
+settings are; pydantic's ValidationError names a wrong one.
 """
 
 
@@ -153,8 +153,8 @@ class Training(ABC, Generic[P]):
         return self.prior(self.network.cpu())
 
     def run(self, steps: int) -> P:
-        """The prior after `steps` steps. Ctrl-C after the first ends it with the best weights so
-        far.
+        """The prior after `steps` steps. Ctrl-C after the first ends it with the best
+        weights so far.
 
         Raises GipipError when the measure is not finite.
         """
@@ -196,11 +196,11 @@ def trained(
     given: Sequence[Any] = (),
     **settings: Any,
 ) -> P:
-    """The prior of a training of these settings on these images, with its provenance. Inside,
-    torch's global generator, from which first weights come, starts at the seed.
+    """The prior of a training of these settings on these images, with its provenance.
+    Inside, torch's global generator, from which first weights come, starts at the seed.
 
-    With a `store` (a folder) a finished one is loaded instead of trained again. `given`: what
-    the training needs besides, and the settings identify.
+    With a `store` (a folder) a finished one is loaded instead of trained again.
+    `given`: what the training needs besides, and the settings identify.
     """
     about = {"data": auxiliary.fingerprint, "images": len(auxiliary), "settings": settings}
     name = fingerprint({}, canonical_json(about))[:24]

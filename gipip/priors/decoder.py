@@ -1,5 +1,5 @@
-"""From features to images: what the last layer's gradient gives away, made visible by a decoder
-that auxiliary images have taught what the features of one client model mean.
+"""From features to images: what the last layer's gradient gives away, made visible by a
+decoder that auxiliary images have taught what the features of one client model mean.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +33,8 @@ _TOGETHER = 8  # images of which a client takes batch statistics
 
 
 class Decoder(Network):
-    """A linear map from `features` numbers to size × size pixels, and a correction by convolutions
-    (`width` and 2·`width` channels at a half and a quarter of the size).
+    """A linear map from `features` numbers to size × size pixels, and a correction by
+    convolutions (`width` and 2·`width` channels at a half and a quarter of the size).
 
     `centre`, `covariance`, `variance`: the features' mean, their covariance and its trace.
     """
@@ -110,9 +110,9 @@ class FeatureDecoder(Prior):
     def expected(
         self, features: Features, covariance: Float[Tensor, "batch batch"], known: Bool[Tensor, "_"]
     ) -> tuple[Features, Float[Tensor, "batch"]]:
-        """Features to expect, given those `known` and the `covariance` of their errors between the
-        images, where auxiliary images' features are normally distributed; and how much these tell
-        of each image: a share of variance, in [0, 1].
+        """Features to expect, given those `known` and the `covariance` of their errors
+        between the images, where auxiliary images' features are normally distributed;
+        and how much these tell of each image: a share of variance, in [0, 1].
         """
         noise, images = torch.linalg.eigh(covariance)
         spread = self.decoder.covariance.to(covariance)
@@ -126,8 +126,8 @@ class FeatureDecoder(Prior):
         return centre + images @ away @ spread, trust
 
     def check_model(self, model: str, mode: Mode) -> None:
-        """Raise UpdateError unless it was trained for the client model of this fingerprint, in
-        this mode.
+        """Raise UpdateError unless it was trained for the client model of this
+        fingerprint, in this mode.
         """
         if (model, mode) != (self.model, self.mode):
             raise UpdateError(
@@ -152,16 +152,18 @@ def train_decoder(
 ) -> FeatureDecoder:
     """Learn on auxiliary images what the features of one client model look like.
 
-    In closed form, ridge regression from the features to the pixels; its strength is the one whose
-    error on a held-out fifth of the images is lowest. Then `steps` steps of Adam on convolutions
-    that correct its images. These see only what a regression without the image in question makes
-    of it (five folds), and are judged on the held-out fifth. With `steps=0` the regression alone,
-    within seconds. Features are centred, never divided by their deviations: one that is almost
-    always zero would let single auxiliary images show through.
+    In closed form, ridge regression from the features to the pixels; its strength is
+    the one whose error on a held-out fifth of the images is lowest. Then `steps` steps
+    of Adam on convolutions that correct its images. These see only what a regression
+    without the image in question makes of it (five folds), and are judged on the
+    held-out fifth. With `steps=0` the regression alone, within seconds. Features are
+    centred, never divided by their deviations: one that is almost always zero would let
+    single auxiliary images show through.
 
-    `copies` of each image are used: as it is, mirrored, then also shifted. `mode`: BatchNorm's, in
-    the updates to be attacked. `store`: as of `gipip.train_autoencoder`. Raises DataError for
-    images or settings that cannot be used, ModelError for a model without a linear last layer.
+    `copies` of each image are used: as it is, mirrored, then also shifted. `mode`:
+    BatchNorm's, in the updates to be attacked. `store`: as of
+    `gipip.train_autoencoder`. Raises DataError for images or settings that cannot be
+    used, ModelError for a model without a linear last layer.
     """
     settings = {
         "mode": mode,
@@ -242,8 +244,8 @@ class Ridge:
         self.strength = min(_STRENGTHS, key=self.error)
 
     def equations(self, strength: float, without: int | None = None) -> tuple[Tensor, Tensor]:
-        """The normal equations of the regression on all folds, or all but one: the Cholesky factor
-        of their left side, and their right side.
+        """The normal equations of the regression on all folds, or all but one: the
+        Cholesky factor of their left side, and their right side.
         """
         used = [k for k in range(_FOLDS) if k != without]
         gram = torch.stack([self.grams[k] for k in used]).sum(dim=0)
@@ -284,8 +286,8 @@ class Ridge:
 def augmented(
     images: Images, copies: int, random: torch.Generator
 ) -> Float[Tensor, "more 3 height width"]:
-    """The images, mirrored ones, and further ones shifted by up to a sixteenth, every other one of
-    them mirrored: `copies` times as many.
+    """The images, mirrored ones, and further ones shifted by up to a sixteenth, every
+    other one of them mirrored: `copies` times as many.
     """
     side, reach = images.shape[-1], images.shape[-1] // 16
     padded = nn.functional.pad(images, [reach] * 4, mode="replicate")

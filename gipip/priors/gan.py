@@ -124,22 +124,23 @@ def train_generator(
     seed: Seed = 0,
     store: Path | str | None = None,
 ) -> GenerativePrior:
-    """Train a DCGAN on auxiliary images with the hinge loss; the exponential moving average of the
-    generator's weights is what is kept.
+    """Train a DCGAN on auxiliary images with the hinge loss; the exponential moving
+    average of the generator's weights is what is kept.
 
-    What the discriminator sees is augmented (see `augmentation`). Every 500 steps the average is
-    judged by its kernel distance to the auxiliary images (KID, Bińkowski et al. 2018, on features
-    of a fixed ImageNet AlexNet), and the best checkpoint is returned. Ctrl-C after the first step
-    keeps the best so far. With a `store` (a folder) a finished training of the same settings on the
-    same images is loaded. Raises pydantic's ValidationError for settings out of range, DataError
-    for images no generator can be trained on, GipipError when the training diverges.
+    What the discriminator sees is augmented (see `augmentation`). Every 500 steps the
+    average is judged by its kernel distance to the auxiliary images (KID, Bińkowski et
+    al. 2018, on features of a fixed ImageNet AlexNet), and the best checkpoint is
+    returned. Ctrl-C after the first step keeps the best so far. With a `store` (a
+    folder) a finished training of the same settings on the same images is loaded.
+    Raises pydantic's ValidationError for settings out of range, DataError for images no
+    generator can be trained on, GipipError when the training diverges.
     """
     return trained(GeneratorTraining, **locals())
 
 
 class GeneratorTraining(Training[GenerativePrior]):
-    """Generator against discriminator; `network` is the generator's moving average. `samples`:
-    images that it is judged by, at most.
+    """Generator against discriminator; `network` is the generator's moving average.
+    `samples`: images that it is judged by, at most.
     """
 
     prior = GenerativePrior
@@ -168,8 +169,8 @@ class GeneratorTraining(Training[GenerativePrior]):
         self.latents = latents.to(self.device)
 
     def advance(self) -> None:
-        """One step of the discriminator, one of the generator (hinge loss, Lim and Ye 2017), one of
-        the average.
+        """One step of the discriminator, one of the generator (hinge loss, Lim and Ye
+        2017), one of the average.
         """
         rows = torch.randint(len(self.auxiliary), (self.batch_size,))
         real = self.auxiliary[rows].images.to(self.device)
@@ -204,9 +205,9 @@ def _forgetting(average: Tensor, latest: Tensor, steps: Tensor | int) -> Tensor:
 
 
 def augmentation() -> Callable[[Images], Images]:
-    """What the discriminator sees of real and of generated images: colours, places and a hole vary
-    at random from batch to batch, so that it does not memorise a small set (DiffAugment, Zhao et
-    al., NeurIPS 2020).
+    """What the discriminator sees of real and of generated images: colours, places and
+    a hole vary at random from batch to batch, so that it does not memorise a small set
+    (DiffAugment, Zhao et al., NeurIPS 2020).
     """
     from torchvision.transforms import v2  # slow to import
 
@@ -220,8 +221,8 @@ def augmentation() -> Callable[[Images], Images]:
 
 
 def kernel_distance(real: Images) -> Callable[[Images], float]:
-    """A function that gives the distance of as many images in [0, 1] to these real ones: KID, on
-    256 channels of gipip's ImageNet AlexNet in place of Inception's.
+    """A function that gives the distance of as many images in [0, 1] to these real
+    ones: KID, on 256 channels of gipip's ImageNet AlexNet in place of Inception's.
     """
     from torchmetrics.image.kid import poly_mmd  # slow to import
 

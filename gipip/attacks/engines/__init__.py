@@ -1,7 +1,7 @@
 """How an attack computes the client's gradient, which it then differentiates once more.
 
-Attacks know one function, `client_gradient`, and what it gives: something to call with normalised
-images and labels. Its engines agree within rounding:
+Attacks know one function, `client_gradient`, and what it gives: something to call with
+normalised images and labels. Its engines agree within rounding:
 
 - "eager": autograd's double backward, the reference;
 - "traced": the gradient written out once as a plain function of the images (traced.py);
@@ -31,8 +31,9 @@ def client_gradient(
 ) -> ClientGradient:
     """What a client with `model` would share instead of `update`, for any images and labels.
 
-    `engine`: by default the fastest. `replayable`: whether every step of the attack does the same
-    work. `chunk_size`: so many images at a time. Raises EngineError for what cannot run here.
+    `engine`: by default the fastest. `replayable`: whether every step of the attack
+    does the same work. `chunk_size`: so many images at a time. Raises EngineError for
+    what cannot run here.
     """
     cuda = next(model.parameters()).is_cuda
     if engine == "auto":

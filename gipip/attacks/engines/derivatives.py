@@ -1,8 +1,8 @@
 """The operations of a client's backward pass, with derivatives that compute only what is needed.
 
-Autograd differentiates a backward pass by general formulas: some of what they compute nobody needs
-here, some with kernels as large as the images, and some in several passes over a layer where one is
-enough.
+Autograd differentiates a backward pass by general formulas: some of what they compute
+nobody needs here, some with kernels as large as the images, and some in several passes
+over a layer where one is enough.
 """
 
 import torch
@@ -32,8 +32,8 @@ def convolution_backward(
 
 
 class _ConvolutionBackward(Function):
-    """A convolution is linear in its inputs and in its weight, so that the derivatives of its
-    gradients are convolutions again.
+    """A convolution is linear in its inputs and in its weight, so that the derivatives
+    of its gradients are convolutions again.
     """
 
     @staticmethod

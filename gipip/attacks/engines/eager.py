@@ -11,8 +11,8 @@ from gipip.federation.models import ClientModel, trainable
 
 
 class ClientGradient:
-    """Normalised images and their labels (class indices or distributions) → the update that a
-    client with these would share, differentiable with respect to both.
+    """Normalised images and their labels (class indices or distributions) → the update
+    that a client with these would share, differentiable with respect to both.
 
     `notes`: what the user should know about how it is computed.
     """

@@ -19,9 +19,10 @@ _BLOCK = 2**14  # numbers that are added up in float32: enough for speed, few en
 class Factored:
     """The gradient g of a convolution's weight as the two matrices that it is the product of.
 
-    Where a layer has few positions and many channels, g has more numbers than its factors, and ‖g‖²
-    follows from theirs: the trick by which ghost clipping (Li et al., ICLR 2022; layer by layer as
-    in Bu et al., NeurIPS 2022) gets the norm of each image's gradient.
+    Where a layer has few positions and many channels, g has more numbers than its
+    factors, and ‖g‖² follows from theirs: the trick by which ghost clipping (Li et al.,
+    ICLR 2022; layer by layer as in Bu et al., NeurIPS 2022) gets the norm of each
+    image's gradient.
     """
 
     output_gradient: Float[Tensor, "batch channels out_height out_width"]
@@ -108,8 +109,8 @@ def _dot(a: Tensor, b: Tensor) -> Float[Tensor, ""]:
 class _FactoredProducts(Function):
     """⟨g, T⟩ = ⟨R, T·C⟩ and ‖g‖² = ⟨RᵀR, CᵀC⟩ of g = R·Cᵀ, added up in float64.
 
-    R is the output gradient and C the patches of the inputs, with a column for each position of
-    each image.
+    R is the output gradient and C the patches of the inputs, with a column for each
+    position of each image.
     """
 
     @staticmethod

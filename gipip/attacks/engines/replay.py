@@ -12,8 +12,8 @@ _WARM_UP = 3  # eager calls before the capture: they create the optimiser's stat
 class Replay:
     """`step`, captured as a CUDA graph at its fourth call and replayed from then on.
 
-    It must do the same work on the same tensors each time, without looking at values on the CPU,
-    and return the same tensors.
+    It must do the same work on the same tensors each time, without looking at values on
+    the CPU, and return the same tensors.
     """
 
     def __init__(self, step: Callable[[], dict[str, torch.Tensor]]):

@@ -1,9 +1,9 @@
 """The client's gradient written out once, as a plain function of the images.
 
-Autograd's double backward spends 8 forward passes' worth of multiplications an iteration. A
-recording of the gradient is differentiated like any other function: the weights are constants
-there, so 7 are left, and fewer for a cost that asks only for products with the gradient, which
-late layers then need not form (products.py).
+Autograd's double backward spends 8 forward passes' worth of multiplications an
+iteration. A recording of the gradient is differentiated like any other function: the
+weights are constants there, so 7 are left, and fewer for a cost that asks only for
+products with the gradient, which late layers then need not form (products.py).
 """
 
 import io
@@ -63,8 +63,8 @@ class Traced(ClientGradient):
     def laid_out(self, gradients: Sequence[Tensor]) -> Gradients:
         """With channels last, with which convolutions of oneDNN take a fifth less time.
 
-        Not in float64, where PyTorch's own convolutions give wrong gradients for some tensors with
-        channels last and several groups (2.14).
+        Not in float64, where PyTorch's own convolutions give wrong gradients for some
+        tensors with channels last and several groups (2.14).
         """
         return Gradients(
             gradient.detach().contiguous(memory_format=torch.channels_last)
@@ -91,8 +91,9 @@ class Traced(ClientGradient):
     def _record(self, images: Tensor, labels: Tensor, create_graph: bool = False) -> GraphModule:
         """`local_update` for any images, labels, parameters and all else that the network holds.
 
-        Of the kernels that PyTorch takes for a first derivative, unless one of them has no
-        derivative itself (such as group normalisation's): then of those it takes for a second.
+        Of the kernels that PyTorch takes for a first derivative, unless one of them has
+        no derivative itself (such as group normalisation's): then of those it takes for
+        a second.
         """
 
         def update(images: Tensor, labels: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
@@ -122,11 +123,12 @@ class Traced(ClientGradient):
         return bool(error <= _TOLERANCE * theirs.norm)
 
     def _in_chunks(self, images: Tensor, labels: Tensor, chunk_size: int) -> Gradients:
-        """The same from at most `chunk_size` images at a time: less memory for up to half as much
-        computation again.
+        """The same from at most `chunk_size` images at a time: less memory for up to
+        half as much computation again.
 
-        Exact, because the gradient of a mean is the mean of the gradients, as long as images do not
-        meet in the network. Each chunk is computed again when its derivative is wanted.
+        Exact, because the gradient of a mean is the mean of the gradients, as long as
+        images do not meet in the network. Each chunk is computed again when its
+        derivative is wanted.
         """
         parts = []
         for some, theirs in zip(images.split(chunk_size), labels.split(chunk_size), strict=True):
