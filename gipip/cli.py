@@ -38,7 +38,11 @@ def _end(line: str, code: int) -> None:
 
 
 app = typer.Typer(
-    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    cls=_Commands,
+    rich_markup_mode="markdown",  # so that paragraphs of the help are filled
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 
