@@ -8,9 +8,9 @@ ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends make \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home gipip
+    && useradd --create-home --home-dir /gipip gipip
 
-WORKDIR /home/gipip
+WORKDIR /gipip
 COPY --chown=gipip . .
 USER gipip
 RUN PIP_NO_CACHE_DIR=1 make install

@@ -127,8 +127,9 @@ def image_grid(
             axes.imshow(pixels.numpy(), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(caption, fontsize=7, labelpad=1)
+    letters = max(8, int(9 * (width - 0.8) / lengths[0] / _LETTER))  # of 8 points
     for axes, title in zip(grid[0], titles, strict=False):
-        axes.set_title(textwrap.fill(title, 14), fontsize=8)
+        axes.set_title(textwrap.fill(title, letters, break_long_words=False), fontsize=8)
     seaborn.despine(figure, left=True, bottom=True)
     return _with_numbers(figure, pd.DataFrame(captions))
 

@@ -23,12 +23,12 @@ from gipip.attacks.gradinversion import GradInversion
 from gipip.attacks.inverting_gradients import InvertingGradients
 from gipip.data.datasets import LabeledImages, load_dataset, named_tensors
 from gipip.errors import DamagedFileError, DataError, ModelError, StoreError
-from gipip.evaluation.statistics import bootstrap_interval, paired_difference
+from gipip.evaluation.statistics import paired_difference
 from gipip.experiments import version
 from gipip.experiments.arms import runs, with_and_without
 from gipip.experiments.results import Results, quality_table
 from gipip.experiments.scenario import Run, Scenario
-from gipip.experiments.shipped import ShippedResults, agreement, ship
+from gipip.experiments.shipped import ShippedResults, ship
 from gipip.experiments.store import Result, ResultStore
 from gipip.experiments.sweep import execute, sweep
 from gipip.federation import models
@@ -716,22 +716,6 @@ def test_a_damaged_file_of_shipped_results_is_an_error(shipped):
     (shipped / "02.safetensors").write_bytes(b"no tensors")
     with pytest.raises(DamagedFileError, match="no readable safetensors file"):
         ShippedResults(shipped)
-
-
-def with_psnr(result, arm, seed, psnr):
-    scenario = LENET.model_copy(update={"seed": seed})
-    run = Run(arm, scenario, SHORT)
-    return dataclasses.replace(result, run=run, metrics=result.metrics.assign(psnr=psnr))
-
-
-def test_agreement_compares_a_sample_with_the_same_batches_of_what_ships(result):
-    ships = Results(with_psnr(result, "IG", seed, 20 + seed) for seed in range(5))
-    again = Results(with_psnr(result, "IG", seed, 20.5 + seed) for seed in range(2))
-    [row] = agreement(ships, again).to_dict("records")
-    assert (row["condition"], row["arm"], row["batches"]) == (LENET.condition, "IG", 2)
-    assert row["sample, as it ships"] == 20.5 and row["sample, here"] == 21
-    interval = bootstrap_interval([20, 21, 22, 23, 24])
-    assert row["difference"] == 0.5 and row["at most"] == (interval.high - interval.low) / 2
 
 
 def test_the_headlines_results_ship():

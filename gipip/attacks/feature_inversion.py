@@ -21,10 +21,10 @@ class FeatureInversion(InvertingGradients):
 
     The last layer's gradient gives away the features h of each image
     (`gipip.recover_features`); x_D, the start, is what `prior`, the decoder of this
-    very client model, makes of them; with `iterations=0` it is the result. F(x) = ‖h(x)
-    − h‖², relative to the variance of features, mean over the batch. Where h is exact,
-    F says all that the last layer's gradient does, image by image, and g is matched
-    without that layer (unless λ_F is 0).
+    very client model, makes of them; with `iterations=0` it is the result.
+    F(x) = ‖h(x) − h‖², relative to the variance of features, mean over the batch. Where
+    h is exact, F says all that the last layer's gradient does, image by image, and g is
+    matched without that layer (unless λ_F is 0).
 
     The learning rate is multiplied by cos(g, g*) at the start: where the start explains
     little of the update, as with trained clients, longer steps leave what images look

@@ -1,9 +1,10 @@
 """What the last layer's gradient gives away: the features of each single image.
 
-Let H (B × D) be what enters the last linear layer, W its weights, b its bias, and E =
-softmax(HWᵀ + b) − Y, with the one-hot labels Y. The layer's gradient is G_W = EᵀH/B and
-G_b = Eᵀ1/B. With the singular value decomposition G_W = UΣVᵀ of rank B the features are
-H = MΣVᵀ, with a B × B matrix M: B² unknowns for the B × C equations EᵀM/B = U.
+Let H (B × D) be what enters the last linear layer, W its weights, b its bias, and
+E = softmax(HWᵀ + b) − Y, with the one-hot labels Y. The layer's gradient is
+G_W = EᵀH/B and G_b = Eᵀ1/B. With the singular value decomposition G_W = UΣVᵀ of rank B
+the features are H = MΣVᵀ, with a B × B matrix M: B² unknowns for the B × C equations
+EᵀM/B = U.
 
 Single images were read off such gradients by Geiping et al. (2020, proposition 3.1),
 batches by the Cocktail Party Attack (Kariyappa et al., ICML 2023: independent
@@ -116,9 +117,9 @@ def recovered(model: ClientModel, update: SharedUpdate) -> RecoveredFeatures:
 
 
 def _drift(model: ClientModel, update: SharedUpdate, fedavg: FedAvg) -> tuple[Tensor, Tensor]:
-    """By how much local training has moved each image's features when they were used (B
-    × D), and the variance of that: as it moves those of random patches of colour in the
-    model half-way.
+    """By how much local training has moved each image's features when they were used
+    (B × D), and the variance of that: as it moves those of random patches of colour in
+    the model half-way.
     """
     steps, images = range(fedavg.steps), torch.arange(update.batch_size)
     used = torch.stack(

@@ -17,8 +17,8 @@ def infer_labels(model: ClientModel, update: SharedUpdate) -> Int[Tensor, "batch
     that gives the logits.
 
     One image: the bias gradient is p − y, whose only negative entry is the true class's
-    (iDLG, Zhao et al. 2020). Without a bias, the rows of the weight gradient, (p_c −
-    y_c)·features, tell as much where the features are ≥ 0. Several images: the bias
+    (iDLG, Zhao et al. 2020). Without a bias, the rows of the weight gradient,
+    (p_c − y_c)·features, tell as much where the features are ≥ 0. Several images: the bias
     gradient is b_c = mean(p_c) − n_c/B, so n_c = B·(mean(p_c) − b_c); the attacker does
     not know the mean prediction and takes the model's on uniform noise instead (as in
     Geng et al. 2021), with BatchNorm in the update's mode. On untrained networks with

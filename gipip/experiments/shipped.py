@@ -9,8 +9,6 @@ from pathlib import Path
 import pandas
 import torch
 
-from gipip.evaluation.statistics import bootstrap_interval
-from gipip.experiments.results import Results
 from gipip.experiments.scenario import Run, Scenario, result_key
 from gipip.experiments.store import Result
 from gipip.files import DATA, read_tensors, write_tensors
@@ -65,25 +63,3 @@ def ship(results: Iterable[Path], target: Path | str) -> Path:
         images[key] = (tensors["images"] * 255).round().to(torch.uint8)
         about[key] = details | {"labels": tensors["labels"].tolist()}
     return write_tensors(target, images, about)
-
-
-def agreement(shipped: Results, again: Results) -> pandas.DataFrame:
-    """Whether a sample that was computed again comes out as it ships: a row for each
-    condition and arm of the sample.
-
-    The columns: mean PSNR (dB) of all that ships, with its 95 % interval over batches;
-    of the sample as it ships, and as it came out here; their difference; and half the
-    interval, which is the most that it may be.
-    """
-    rows = []
-    sampled = dict.fromkeys((each.run.scenario.condition, each.run.arm) for each in again)
-    for condition, arm in sampled:
-        about = {"condition": condition, "arm": arm}
-        whole, here = (each.select(**about).frame() for each in (shipped, again))
-        there = whole[whole["seed"].isin(here["seed"])]
-        interval = bootstrap_interval(whole["psnr"], groups=whole["batch"])
-        row = about | {"batches": here["seed"].nunique(), "all that ships": f"{interval:.2f}"}
-        row |= {"sample, as it ships": there["psnr"].mean(), "sample, here": here["psnr"].mean()}
-        row["difference"] = row["sample, here"] - row["sample, as it ships"]
-        rows.append(row | {"at most": (interval.high - interval.low) / 2})
-    return pandas.DataFrame(rows)

@@ -89,8 +89,8 @@ class Sparsification(Defense):
     """Sets each tensor's entries of smallest magnitude to 0: those below the `sparsity`
     quantile of its magnitudes.
 
-    As in the code of Soteria and GI-PIP: of n different magnitudes, ⌈sparsity · (n −
-    1)⌉ go, so the largest always stays.
+    As in the code of Soteria and GI-PIP: of n different magnitudes,
+    ⌈sparsity · (n − 1)⌉ go, so the largest always stays.
     """
 
     kind: Literal["sparsification"] = "sparsification"
