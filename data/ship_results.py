@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from gipip.experiments.scenario import Scenario
 from gipip.experiments.shipped import ship
 from gipip.files import read_tensors
 
@@ -25,7 +26,10 @@ def matching(store: Path, scenario: dict, iterations: int) -> Iterator[Path]:
 
 def _value(text: str) -> tuple[str, object]:
     """A field and its value, as JSON or else as it stands."""
-    name, value = text.split("=", 1)
+    name, _, value = text.partition("=")
+    if name not in Scenario.model_fields:
+        known = ", ".join(Scenario.model_fields)
+        raise argparse.ArgumentTypeError(f"a scenario has no {name!r}, only {known}")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas
 import torch
 
+from gipip.errors import DataError
 from gipip.experiments.scenario import Run, Scenario, result_key
 from gipip.experiments.store import Result
 from gipip.files import DATA, read_tensors, write_tensors
@@ -54,12 +55,23 @@ class ShippedResults:
 
 
 def ship(results: Iterable[Path], target: Path | str) -> Path:
-    """Write the results in files of a store to one file, which `ShippedResults` reads."""
+    """Write the results in files of a store to one file, which `ShippedResults` reads.
+
+    Raises DataError when there are none, or when several versions of an attack's code
+    computed them.
+    """
     images, about = {}, {}
+    versions: dict[str, str] = {}
     for path in results:
         tensors, details = read_tensors(path)
-        config = details["config"]
+        config, code = details["config"], details["made"]["code"]
+        attack = config["attack"]["name"]
+        if versions.setdefault(attack, code) != code:
+            advice = "Compute all of them with one version, in a store of its own."
+            raise DataError(f"{path} holds a result of {attack} by other code. {advice}")
         key = result_key(config, Scenario(**config["scenario"]), code="")
         images[key] = (tensors["images"] * 255).round().to(torch.uint8)
         about[key] = details | {"labels": tensors["labels"].tolist()}
+    if not images:
+        raise DataError("There are no such results. Look at the store and what is wanted of it.")
     return write_tensors(target, images, about)
